@@ -1,0 +1,1157 @@
+"""What every experiment shares: data -> batches -> ensemble -> joint loss -> training -> run folder.
+
+A training script defines its networks and calls `main`; all else is here, in the order in which a
+number is made. Shapes: N examples, M members, K classes; an ensemble maps a batch of images
+(N, C, H, W), or one batch per member (N, M, C, H, W), to member logits (N, M, K).
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    print(f"error: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed; "
+          "`bash run_all.sh` looks for one", file=sys.stderr)
+    sys.exit(2)
+
+import argparse
+import copy
+import datetime
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+try:
+    import numpy as np
+    import torch
+    import torchvision
+    import yaml
+    from torch.nn import functional as F
+except (ImportError, RuntimeError, OSError) as error:
+    # A torchvision beside another release's torch fails inside torch, with a RuntimeError.
+    pair = ("; torch and torchvision are not of one release pair"
+            if "torchvision::" in str(error) else "")
+    print(f"error: the packages cannot be imported ({str(error).splitlines()[0]}){pair}: "
+          "`pip install -r requirements.txt`, or `bash run_all.sh`, which makes a .venv",
+          file=sys.stderr)
+    sys.exit(2)
+
+HERE = Path(__file__).resolve().parent
+
+
+class Refused(Exception):
+    """Bad input: one line that names the value, what was expected and the fix. Exit status 2."""
+
+
+def nearest(word, known, what):
+    """`word` if it is one of `known`; else a refusal that names the nearest known one."""
+    known = [str(k) for k in known]
+    if word in known:
+        return word
+    close = difflib.get_close_matches(str(word), known, 1, 0.3)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise Refused(f"unknown {what} '{word}': expected one of {', '.join(known)}{hint}")
+
+
+# --- Presets -----------------------------------------------------------------------------------
+
+def _is(kind, low=-math.inf, high=math.inf):
+    """A test for a number of one kind within [low, high]; true and false are not numbers."""
+    return lambda x: isinstance(x, kind) and not isinstance(x, bool) and low <= x <= high
+
+
+def _all(test):
+    return lambda x: isinstance(x, list) and x != [] and all(map(test, x))
+
+
+COUNT = (_is(int, 1), "a whole number of at least 1")
+COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), "a whole number of at least 1, or null for all")
+RATE = (lambda x: _is((int, float), 0)(x) and 0 < x < math.inf, "a number above 0")
+FRACTION = (_is((int, float), 0, 1), "a number in [0, 1]")
+LAMBDAS = (_all(FRACTION[0]), "a list of numbers in [0, 1]")
+METHODS = ("joint", "bagging", "stacking")
+POLICIES = ("real", "auto", "synthetic")
+
+
+def _one_of(words):
+    return lambda x: x in words, "one of " + ", ".join(words)
+
+
+SETTINGS = {  # what an experiment's block in presets.yaml may hold, and what each value must be
+    "trials": COUNT, "epochs": COUNT, "batch": COUNT,
+    "train": COUNT_OR_ALL, "validation": COUNT, "test": COUNT_OR_ALL,
+    "momentum": (_is((int, float), 0, 0.999999), "a number in [0, 1)"),
+    "weight_decay": (lambda x: _is((int, float), 0)(x) and x < math.inf, "a number of at least 0"),
+    "lambdas": LAMBDAS,
+    "bagging": _one_of(("weights", "resample")),
+    "stacking": _one_of(("validation", "training")),
+    "folds": (_is(int, 2), "a whole number of at least 2"),
+    "penalties": (_all(RATE[0]), "a list of numbers above 0"),
+    "tune": (_all(RATE[0]), "a list of numbers above 0"),
+}
+CONFIGURATION = {  # what each configuration may hold; its script adds the sizes of its network
+    "members": COUNT,
+    "lr": (lambda x: isinstance(x, dict) and x != {} and all(map(FRACTION[0], x))
+           and max(x) == 1 and all(map(RATE[0], x.values())),
+           "learning rates per range of lambda, the last of them for 1"),
+    "methods": (_all(lambda x: x in METHODS), "a list of " + ", ".join(METHODS)),
+    "weights": (lambda x: x == [] or LAMBDAS[0](x), "a list of lambdas whose weights are kept"),
+}
+ROBUSTNESS = {"repeats": COUNT}
+
+
+def _check(block, schema, where):
+    if not isinstance(block, dict):
+        raise Refused(f"presets.yaml: {where} is {block!r}: expected a block of settings")
+    for key, value in block.items():
+        nearest(key, schema, f"key in presets.yaml, {where}")
+        test, expected = schema[key]
+        if not test(value):
+            raise Refused(f"presets.yaml, {where}.{key}: {value!r} is not {expected}")
+    missing = [key for key in schema if key not in block]
+    if missing:
+        raise Refused(f"presets.yaml, {where}: {missing[0]} is missing")
+
+
+def _merge(base, override, where):
+    """`base` with the values of `override`; a key that `base` does not have is refused."""
+    if not isinstance(override, dict):
+        raise Refused(f"presets.yaml: {where} is {override!r}: expected a block of settings")
+    merged = dict(base)
+    for key, value in override.items():
+        nearest(key, base, f"key in presets.yaml, {where}")
+        block = isinstance(base[key], dict) and key != "lr"      # a learning rate is one value
+        merged[key] = _merge(base[key], value, f"{where}.{key}") if block else value
+    return merged
+
+
+def load_preset(name, path=HERE / "presets.yaml"):
+    """The preset `name`: `paper` with that preset's overrides. Raises Refused on anything unknown."""
+    try:
+        presets = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise Refused(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(presets, dict) or not isinstance(presets.get("paper"), dict):
+        raise Refused(f"{path.name}: expected a block `paper` that the other presets change")
+    nearest(name, presets, "preset")
+    preset = _merge(presets["paper"], presets[name], name)
+    nearest(preset.get("data"), POLICIES, f"value of {name}.data in presets.yaml")
+    _check(preset.get("robustness"), ROBUSTNESS, f"{name}.robustness")
+    return preset
+
+
+def experiment_settings(preset, name, experiment):
+    """The block of one experiment in a preset (`load_preset`), every value of it checked."""
+    if experiment.name not in preset:
+        raise Refused(f"presets.yaml: {name} has no block '{experiment.name}'")
+    block, where = preset[experiment.name], f"{name}.{experiment.name}"
+    _check(block, SETTINGS | {"configurations": (lambda x: isinstance(x, dict) and x != {},
+                                                 "a block of configurations")}, where)
+    for configuration, values in block["configurations"].items():
+        _check(values, CONFIGURATION | experiment.network, f"{where}.configurations.{configuration}")
+    return block
+
+
+# --- Runs --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Experiment:
+    """One of the paper's experiments, as its script declares it.
+
+    build(settings, shape, classes, generator) returns the untrained ensemble of a run, an nn.Module
+    from images (N, *shape) or (N, M, *shape) to member logits (N, M, K); `settings` are the run's,
+    `generator` draws the initial weights.
+    """
+    name: str
+    dataset: str          # a key of DATASETS
+    network: dict         # the network's own keys in presets.yaml -> (test, what is expected)
+    build: object
+
+
+@dataclass(frozen=True)
+class Run:
+    """configuration x method (x lambda) x trial: the unit of work. `settings` decide its numbers."""
+    preset: str
+    experiment: str
+    configuration: str
+    method: str           # joint | bagging | stacking
+    lam: float            # lambda; 0 for bagging and stacking
+    trial: int
+    settings: dict
+    weights: bool         # are the trained weights kept?
+
+    @property
+    def method_name(self):
+        return f"joint-{self.lam:g}" if self.method == "joint" else self.method
+
+    @property
+    def label(self):
+        method = f"lambda {self.lam:g}" if self.method == "joint" else self.method
+        return f"{self.configuration} {method} trial {self.trial}"
+
+    @property
+    def path(self):
+        return Path(self.preset, self.experiment, self.configuration, self.method_name,
+                    f"trial{self.trial}")
+
+    def generator(self, purpose):
+        """A generator for one purpose: initialisation, order, bootstrap or augmentation.
+
+        It depends on (experiment, configuration, trial, --seed) and nothing else, so the lambdas
+        of one trial share their initial weights and their order, and a run alone equals the same
+        run in a sweep.
+        """
+        words = (self.experiment, self.configuration, self.trial, self.settings["seed"], purpose)
+        digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def learning_rate(rates, lam):
+    """The rate of the first range of lambdas that reaches `lam`: {0.95: a, 1: b} gives b for 0.97."""
+    return rates[min(upper for upper in rates if upper >= lam)]
+
+
+def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, methods=None):
+    """The runs of an experiment, trial by trial, so that the first trial is complete early.
+
+    A single network (M = 1) is the same at every lambda and is trained once, as lambda 1. Stacking
+    combines the frozen members of its trial's lambda 0 run, which therefore comes before it.
+    """
+    names = [nearest(n, block["configurations"], "configuration") for n in only or
+             block["configurations"]]
+    shared = {k: block[k] for k in ("epochs", "train", "validation", "test", "batch", "momentum",
+                                    "weight_decay")}
+    runs = []
+    for trial in range(block["trials"]):
+        for name in names:
+            c = block["configurations"][name]
+            chosen = methods or c["methods"]
+            wanted = [("joint", lam) for lam in lambdas or block["lambdas"] if "joint" in chosen]
+            if c["members"] == 1:
+                wanted = [("joint", 1)] if wanted else []
+            elif "stacking" in chosen and ("joint", 0) not in wanted:
+                wanted.append(("joint", 0))
+            wanted += [(m, 0) for m in ("bagging", "stacking") if m in chosen and c["members"] > 1]
+            for method, lam in wanted:
+                network = {k: c[k] for k in ("members", *experiment.network)}
+                own = {"bagging": ["bagging"], "stacking": ["stacking", "folds", "penalties"]}
+                settings = {"data": data, "seed": seed, **network, "lr": learning_rate(c["lr"], lam),
+                            **shared, **{k: block[k] for k in own.get(method, [])}}
+                weights = method == "joint" and (lam in c["weights"] or
+                                                 lam == 0 and "stacking" in chosen)
+                runs.append(Run(preset, experiment.name, name, method, lam, trial, settings, weights))
+    if not runs:
+        raise Refused("no run is left: --methods "
+                      f"{' '.join(methods)} has nothing to train for {' '.join(names)}")
+    return runs
+
+
+# --- Data --------------------------------------------------------------------------------------
+
+@dataclass
+class Data:
+    """Images as uint8 (n, C, H, W) and labels (n,), on the device; mean and std (C, 1, 1) in [0, 1]."""
+    description: dict     # name, source (real | synthetic), checksum or seed: a setting of every run
+    origin: str           # where it was found: told, but it decides no number
+    classes: int
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def to(self, device):
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Data(**vars(self) | moved)
+
+    def normalise(self, images):
+        """uint8 images (..., C, H, W) -> float32, mean 0 and standard deviation 1 per channel."""
+        return images.float().sub_(self.mean * 255).div_(self.std * 255)
+
+
+FASHION_MNIST = {  # SHA-256 of the four files, decompressed
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DEFAULT_DATA_DIR = HERE / "data"
+DOWNLOAD_MINUTES = 5      # after which `auto` gives a download up
+
+
+def _idx_file(folder, name):
+    """The bytes of one of the four files under `folder`, plain or .gz, or None if it is not there."""
+    for place in (folder, folder / "FashionMNIST" / "raw", folder / "fashion-mnist"):
+        for path, opener in ((place / name, open), (place / f"{name}.gz", gzip.open)):
+            if not path.is_file():
+                continue
+            try:
+                with opener(path, "rb") as file:
+                    content = file.read()
+            except (OSError, EOFError) as error:
+                raise Refused(f"{path} cannot be read ({error}): fetch it anew, or remove it") from error
+            if hashlib.sha256(content).hexdigest() != FASHION_MNIST[name]:
+                raise Refused(f"{path} is not Fashion-MNIST's file: its SHA-256 differs from "
+                              f"{FASHION_MNIST[name][:12]}...: it is truncated or another data set; "
+                              "fetch it anew, or remove it")
+            return content
+    return None
+
+
+def read_fashion_mnist(folder):
+    """Fashion-MNIST from a folder, checked by SHA-256; None if nothing of it is there.
+
+    Raises Refused if the files are incomplete, truncated or not the data set's own.
+    """
+    files = {name: _idx_file(folder, name) for name in FASHION_MNIST}
+    missing = [name for name, content in files.items() if content is None]
+    if len(missing) == len(files):
+        return None
+    if missing:
+        raise Refused(f"{folder} holds Fashion-MNIST without {missing[0]}: expected "
+                      f"{', '.join(files)}, each plain or .gz")
+    images, labels, test_images, test_labels = files.values()
+
+    def pixels(content):
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
+
+    def classes(content):
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=8).astype(np.int64))
+
+    return Data(DATASETS["Fashion-MNIST"].description, str(folder), 10,
+                pixels(images), classes(labels), pixels(test_images), classes(test_labels),
+                torch.tensor(0.2860).view(1, 1, 1), torch.tensor(0.3530).view(1, 1, 1))
+
+
+def synthetic(classes, shape, train, test, seed=0):
+    """A stand-in made from a seed: it has the form of the real data and some of its difficulty.
+
+    Every class is three smooth prototypes. An image is one of them, moved by up to two pixels and
+    faded, over part of a prototype of another class, in noise. One boundary per class does not
+    separate that, as it does not separate clothes.
+    """
+    channels, size, _ = shape
+    g = torch.Generator().manual_seed(seed)
+    modes, n = 3, train + test
+    coarse = torch.randn(classes * modes, channels, 7, 7, generator=g)
+    prototypes = F.interpolate(coarse, size=(size + 4, size + 4), mode="bicubic")
+    labels = torch.randint(classes, (n,), generator=g)
+    other = (labels + torch.randint(1, classes, (n,), generator=g)) % classes
+    pick = torch.randint(modes, (2, n), generator=g)
+    shift = torch.randint(5, (2, n), generator=g)
+    fade = torch.rand(2, n, 1, 1, 1, generator=g)
+    images = torch.empty(n, channels, size, size, dtype=torch.uint8)
+    for dy in range(5):
+        for dx in range(5):
+            here = ((shift[0] == dy) & (shift[1] == dx)).nonzero().squeeze(1)
+            view = prototypes[:, :, dy:dy + size, dx:dx + size]
+            own, foreign = (view[c[here] * modes + p[here]] for c, p in
+                            ((labels, pick[0]), (other, pick[1])))
+            mixed = (0.5 + 0.5 * fade[0, here]) * own + 0.9 * fade[1, here] * foreign
+            mixed += 0.6 * torch.randn(mixed.shape, generator=g)
+            images[here] = (128 + 40 * mixed).clamp_(0, 255).to(torch.uint8)
+    pixels = images[:train].float().div_(255)
+    return Data({"name": "synthetic stand-in", "source": "synthetic", "seed": seed}, "made from a seed",
+                classes, images[:train], labels[:train], images[train:], labels[train:],
+                pixels.mean((0, 2, 3)).view(-1, 1, 1), pixels.std((0, 2, 3)).view(-1, 1, 1))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a data set comes from, and the form of its stand-in."""
+    description: dict     # what the real data is: a setting of every run on it
+    read: object          # folder -> Data, or None if nothing is there
+    system: Path          # where a system package puts it
+    torchvision: str      # the class that downloads it
+    classes: int
+    shape: tuple
+    train: int
+    test: int
+    ways: str             # how else to get it, for a message
+
+
+DATASETS = {
+    "Fashion-MNIST": Dataset(
+        {"name": "Fashion-MNIST", "source": "real",
+         "sha256": FASHION_MNIST["train-images-idx3-ubyte"]}, read_fashion_mnist, DEBIAN_FASHION_MNIST, "FashionMNIST", 10, (1, 28, 28), 60000, 10000,
+        "`apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or put the four files "
+        "*-ubyte.gz of Fashion-MNIST into a folder and pass --data-dir FOLDER"),
+}
+
+
+def _download(name, minutes):
+    """Fetches a data set into data/ by torchvision, in a process of its own that can be given up.
+
+    Returns None, or in one line why it failed. What is half there never reaches data/.
+    """
+    dataset = DATASETS[name]
+    try:
+        DEFAULT_DATA_DIR.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix=".download-", dir=DEFAULT_DATA_DIR)
+    except OSError as error:
+        return f"{DEFAULT_DATA_DIR} cannot be written: {error.strerror}"
+    limit = f"up to {minutes} minutes" if minutes else "for as long as it takes"
+    print(f"data: downloading {name} by torchvision, {limit}", flush=True)
+    code = (f"import torchvision; d = torchvision.datasets.{dataset.torchvision}; "
+            f"[d({scratch!r}, train=t, download=True) for t in (True, False)]")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], timeout=minutes and minutes * 60,
+                              stderr=subprocess.PIPE if not sys.stderr.isatty() else None, text=True)
+        if done.returncode:
+            return ((done.stderr or "").strip().splitlines() or ["torchvision failed"])[-1]
+        for path in Path(scratch).iterdir():
+            shutil.rmtree(DEFAULT_DATA_DIR / path.name, ignore_errors=True)
+            path.rename(DEFAULT_DATA_DIR / path.name)
+        return None
+    except subprocess.TimeoutExpired:
+        return f"not there after {minutes} minutes"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def find_data(name, policy, data_dir=None, download=True):
+    """The real data set, or None where the policy says to take the stand-in.
+
+    `data_dir` is a folder that must hold it; without one, data/ is looked at, then the system's
+    package, then torchvision downloads into data/. Under `real` a failure raises Refused; under
+    `auto` it is said, and the stand-in is taken.
+    """
+    if policy == "synthetic":
+        return None
+    dataset = DATASETS[name]
+    if data_dir is not None:
+        data = dataset.read(Path(data_dir)) if Path(data_dir).is_dir() else None
+        if data is None:
+            state = "holds nothing of it" if Path(data_dir).is_dir() else "is not a folder"
+            raise Refused(f"--data-dir {data_dir} {state}: {name} was expected there; "
+                          f"{dataset.ways}, or leave --data-dir out to download it")
+        return data
+    for folder in (DEFAULT_DATA_DIR, dataset.system):
+        if data := dataset.read(folder):
+            return data
+    if not download:
+        return None
+    failure = _download(name, DOWNLOAD_MINUTES if policy == "auto" else None)
+    if failure is None:
+        return dataset.read(DEFAULT_DATA_DIR)
+    if policy == "real":
+        raise Refused(f"{name} is not on disk and its download failed ({failure}). Three ways to get "
+                      f"it: be online and run this again; {dataset.ways}")
+    print(f"data: {name} cannot be had ({failure}); by --data auto the SYNTHETIC STAND-IN takes its "
+          f"place, and every figure says so. For the real: {dataset.ways}", flush=True)
+    return None
+
+
+def load_data(name, policy, block, data_dir=None, download=True):
+    """The data of an experiment, real or stand-in, cut to the sizes that its settings name.
+
+    Without `download`, real data that is not on disk has the stand-in's images under its own name:
+    a plan can be made from that, nothing else.
+    """
+    dataset = DATASETS[name]
+    data = find_data(name, policy, data_dir, download)
+    if data is None:
+        train = block["train"] + block["validation"] if block["train"] else dataset.train
+        data = synthetic(dataset.classes, dataset.shape, train, block["test"] or dataset.test)
+        if not download and policy != "synthetic":
+            data.description, data.origin = dataset.description, "to be downloaded first"
+    n = len(data.train_labels)
+    available = n - block["validation"]
+    if block["validation"] >= n or (block["train"] or 1) > available:
+        raise Refused(f"train {block['train']} and validation {block['validation']} are more than "
+                      f"the {n} training images of {name}: lower one of them in presets.yaml")
+    if block["batch"] > (block["train"] or available):
+        raise Refused(f"batch {block['batch']} is larger than the training split of "
+                      f"{block['train'] or available} images: lower batch or raise train")
+    if block["test"] and block["test"] > len(data.test_labels):
+        raise Refused(f"test {block['test']} is more than the {len(data.test_labels)} test images "
+                      f"of {name}: lower it in presets.yaml")
+    data.test_images = data.test_images[:block["test"]]
+    data.test_labels = data.test_labels[:block["test"]]
+    return data
+
+
+def split(n, trial, validation, train=None):
+    """Indices of the training and the validation split of one trial, the authors' procedure.
+
+    The split depends on the trial alone. `train` keeps the first so many of what is left to train on.
+    """
+    held_out = np.random.RandomState(trial).choice(range(n), validation, replace=False)
+    rest = np.setdiff1d(np.arange(n), held_out)[:train]
+    return torch.from_numpy(rest), torch.from_numpy(held_out)
+
+
+def bootstraps(n, members, generator):
+    """(n, M): column m holds the n draws with replacement, from range(n), that member m trains on."""
+    return torch.randint(n, (n, members), generator=generator)
+
+
+def multiplicities(draws):
+    """(n, M) uint8: how often each example stands in each member's bootstrap."""
+    n, members = draws.shape
+    return torch.stack([torch.bincount(draws[:, m], minlength=n).to(torch.uint8)
+                        for m in range(members)], 1)
+
+
+# --- The joint loss ----------------------------------------------------------------------------
+
+def joint_loss(member_logits, targets, lam):
+    """Eq. 4: lambda CE(softmax of the mean logits) + (1 - lambda) mean of the members' CE.
+
+    member_logits (N, M, K), targets (N,). Training uses `fused_joint_loss`, which equals it.
+    """
+    ensemble = F.cross_entropy(member_logits.mean(1), targets)
+    members = F.cross_entropy(member_logits.flatten(0, 1),
+                              targets.repeat_interleave(member_logits.shape[1]))
+    return lam * ensemble + (1 - lam) * members
+
+
+def _log_probabilities(member_logits, targets):
+    """log q_j and log q-bar, (M, K, N) and (K, N), and the targets as an index (M, 1, N).
+
+    Members come first because the vectorised MLPs lay their logits out so: the softmax then runs
+    over whole rows of examples.
+    """
+    logits = member_logits.permute(1, 2, 0)
+    members, _, n = logits.shape
+    index = targets.expand(members, n) if targets.dim() == 1 else targets.T
+    return logits.log_softmax(1), logits.mean(0).log_softmax(0), index.unsqueeze(1)
+
+
+def cross_entropies(member_logits, targets):
+    """The ensemble's cross entropy (N,), Eq. 3, and the members' (N, M).
+
+    targets (N,), or (N, M) where every member has examples of its own: the ensemble's is nan then.
+    """
+    log_q, log_q_bar, index = _log_probabilities(member_logits, targets)
+    members = -log_q.gather(1, index).squeeze(1).T
+    if targets.dim() == 2:
+        return members.new_full((len(targets),), math.nan), members
+    return -log_q_bar.gather(0, targets[None])[0], members
+
+
+class _FusedJointLoss(torch.autograd.Function):
+    """Eq. 4 with its gradient by hand, Eq. 9: one softmax serves loss, gradient and statistics."""
+
+    @staticmethod
+    def forward(ctx, member_logits, targets, lam, weights):
+        log_q, log_q_bar, index = _log_probabilities(member_logits, targets)
+        members = -log_q.gather(1, index).squeeze(1)                        # (M, N)
+        ctx.save_for_backward(log_q, log_q_bar, index, weights)
+        ctx.lam, ctx.shared = lam, weights is None and targets.dim() == 1
+        loss = (1 - lam) * (members if weights is None else members * weights.T).mean()
+        ensemble = members.new_full((members.shape[1],), math.nan)
+        if targets.dim() == 1:
+            ensemble = -log_q_bar.gather(0, targets[None])[0]
+            loss = loss + lam * ensemble.mean()
+        members = members.T
+        ctx.mark_non_differentiable(ensemble, members)
+        return loss, ensemble, members
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        log_q, log_q_bar, index, weights = ctx.saved_tensors
+        lam, scale = ctx.lam, upstream / (log_q.shape[0] * log_q.shape[2])  # 1 / (M N)
+        if ctx.shared:
+            minus_one = scale.neg().expand_as(index[0])
+            common = (lam * scale * log_q_bar.exp()).scatter_add_(0, index[0], minus_one)
+            gradient = (common.expand_as(log_q) if lam == 1 else     # (lambda q-bar - y) / (M N)
+                        common.addcmul(log_q.exp(), (1 - lam) * scale))
+        else:
+            gradient = scale * log_q.exp()
+            gradient.scatter_add_(1, index, scale.neg().expand_as(index))
+            if weights is not None:
+                gradient.mul_(weights.T.unsqueeze(1))
+        return gradient.permute(2, 0, 1), None, None, None
+
+
+def fused_joint_loss(member_logits, targets, lam, weights=None):
+    """`joint_loss` and, for statistics, the cross entropies (N,) and (N, M) that it is made of.
+
+    weights (N, M), or None, multiplies the members' losses: an example's multiplicity in each
+    member's bootstrap. Weights, and targets (N, M), are for lambda 0.
+    """
+    return _FusedJointLoss.apply(member_logits, targets, lam, weights)
+
+
+# --- Scores ------------------------------------------------------------------------------------
+
+class Scores:
+    """Losses and errors of the ensemble and of every member, summed over batches on the device.
+
+    Errors are exact counts over examples. Nothing reaches the host before `summary`.
+    """
+
+    def __init__(self, members, device):
+        self.n = 0
+        self.ensemble = torch.zeros(2, dtype=torch.float64, device=device)          # loss, wrong
+        self.members = torch.zeros(2, members, dtype=torch.float64, device=device)
+
+    def add(self, member_logits, targets, ensemble_loss, member_loss):
+        """One batch: member_logits (N, M, K), targets (N,) or (N, M), losses (N,) and (N, M)."""
+        self.n += len(targets)
+        own = targets if targets.dim() == 2 else targets[:, None]
+        # max().indices is argmax, and on the CPU ten times as fast.
+        wrong = member_logits.max(-1).indices != own
+        self.members += torch.stack([member_loss.sum(0), wrong.sum(0)])
+        wrong = member_logits.mean(1).max(-1).indices != own[:, 0]
+        self.ensemble += torch.stack([ensemble_loss.sum(), wrong.sum()])
+
+    def summary(self):
+        """Means over the examples; diversity is the last term of Eq. 7, by that equation."""
+        ensemble_loss, ensemble_error = (self.ensemble / self.n).tolist()
+        member_loss, member_error = (self.members / self.n).cpu().numpy()
+        if math.isnan(ensemble_loss):       # members with examples of their own have no ensemble
+            ensemble_error = math.nan
+        return {"ensemble_loss": ensemble_loss, "ensemble_error": ensemble_error,
+                "mean_member_loss": member_loss.mean(), "mean_member_error": member_error.mean(),
+                "member_loss": member_loss, "member_error": member_error,
+                "diversity": member_loss.mean() - ensemble_loss}
+
+
+EVALUATION_BATCH = 2000
+
+
+@torch.no_grad()
+def evaluate(ensemble, members, data, images, labels, index=None):
+    """`Scores.summary` of an ensemble on images (n, C, H, W), or on those of them at `index`."""
+    ensemble.eval()
+    scores = Scores(members, labels.device)
+    if index is None:
+        index = torch.arange(len(labels), device=labels.device)
+    for batch in index.split(EVALUATION_BATCH):
+        targets = labels[batch]
+        member_logits = ensemble(data.normalise(images[batch]))
+        scores.add(member_logits, targets, *cross_entropies(member_logits, targets))
+    return scores.summary()
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+def training_step(ensemble, optimizer, scores, images, targets, lam, weights=None):
+    """One step of SGD on the joint loss; its losses and errors are added to `scores`."""
+    member_logits = ensemble(images)
+    loss, ensemble_loss, member_loss = fused_joint_loss(member_logits, targets, lam, weights)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scores.add(member_logits.detach(), targets, ensemble_loss, member_loss)
+
+
+def new_ensemble(experiment, run, data):
+    """The untrained ensemble of a run, on the device of its data, and its optimizer."""
+    s = run.settings
+    ensemble = experiment.build(s, tuple(data.train_images.shape[1:]), data.classes,
+                                run.generator("initialisation")).to(data.train_images.device)
+    return ensemble, torch.optim.SGD(ensemble.parameters(), lr=s["lr"], momentum=s["momentum"],
+                                     weight_decay=s["weight_decay"], fused=True)
+
+
+def train(experiment, run, data, progress=lambda epoch, history: None):
+    """Trains one run by the paper's protocol (appendix B): early stopping on validation error.
+
+    Returns the history (a list of `Scores.summary` pairs, training and validation, by epoch), the
+    reported epoch, counted from 1, the test scores at that epoch and its weights; of a run whose
+    loss is no longer finite, the history so far and None.
+    """
+    s = run.settings
+    ensemble, optimizer = new_ensemble(experiment, run, data)
+    training, validation = (part.to(data.train_images.device) for part in split(
+        len(data.train_images), run.trial, s["validation"], s["train"]))
+    n, bagging = len(training), s.get("bagging")
+    if bagging:
+        draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(training.device)
+        counts = multiplicities(draws)
+    order = run.generator("order")
+    history, best, lowest = [], None, math.inf
+    for epoch in range(1, s["epochs"] + 1):
+        ensemble.train()
+        scores = Scores(s["members"], training.device)
+        for rows in torch.randperm(n, generator=order).to(training.device).split(s["batch"]):
+            batch = training[draws[rows] if bagging == "resample" else rows]   # (N, M) or (N,)
+            weights = counts[rows].float() if bagging == "weights" else None
+            training_step(ensemble, optimizer, scores, data.normalise(data.train_images[batch]),
+                          data.train_labels[batch], run.lam, weights)
+        history.append((scores.summary(), evaluate(ensemble, s["members"], data, data.train_images,
+                                                   data.train_labels, validation)))
+        progress(epoch, history)
+        if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1]):
+            return history, None, None, None
+        if history[-1][1]["ensemble_error"] < lowest:       # the first minimum, as the authors take it
+            lowest, best = history[-1][1]["ensemble_error"], epoch
+            weights = copy.deepcopy(ensemble.state_dict())
+    ensemble.load_state_dict(weights)
+    test = evaluate(ensemble, s["members"], data, data.test_images, data.test_labels)
+    return history, best, test, weights
+
+
+def stack(experiment, run, data, results):
+    """Stacking (Wolpert 1992): a linear combiner on the M*K logits of the frozen lambda 0 members.
+
+    The combiner starts at plain averaging and is penalised, by the squared distance, towards it; the
+    penalty with the lowest cross-validated cross entropy is taken. Returns the test scores of the
+    combiner (as an ensemble of one), and what history.npz and run.json tell of it.
+    """
+    s, device = run.settings, data.train_images.device
+    source = results / replace(run, method="joint").path
+    diverged = read_run(source)["result"]["diverged_at_epoch"]
+    if diverged is not None:                            # there are no members to combine
+        return None, {}, {"diverged_at_epoch": diverged}
+    ensemble, _ = new_ensemble(experiment, run, data)
+    ensemble.load_state_dict(load_weights(source, device))
+    ensemble.eval()
+
+    @torch.no_grad()
+    def features(images, index):                                           # (n, M*K)
+        out = torch.empty(len(index), s["members"] * data.classes, device=device)
+        for rows in torch.arange(len(index), device=device).split(EVALUATION_BATCH):
+            out[rows] = ensemble(data.normalise(images[index[rows]])).flatten(1)
+        return out
+
+    training, validation = split(len(data.train_images), run.trial, s["validation"], s["train"])
+    fitted = (validation if s["stacking"] == "validation" else training).to(device)
+    x, y = features(data.train_images, fitted), data.train_labels[fitted]
+    averaging = torch.eye(data.classes, device=device).repeat(1, s["members"]) / s["members"]
+
+    def objective(step, bias, rows, penalty):
+        loss = F.cross_entropy(F.linear(x, averaging + step, bias), y, reduction="none")
+        return (loss * rows).sum() / rows.sum() + penalty * step.square().sum()
+
+    def fit(step, bias, rows, penalty):
+        """Moves step (K, M*K) and bias (K,) to the minimum over the examples where rows is 1."""
+        optimizer = torch.optim.LBFGS([step, bias], max_iter=100, tolerance_change=1e-6,
+                                      line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = objective(step, bias, rows, penalty)
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+
+    def start():
+        return (torch.zeros_like(averaging, requires_grad=True),
+                torch.zeros(data.classes, device=device, requires_grad=True))
+
+    penalties = sorted(s["penalties"], reverse=True)          # from the strongest, each a warm start
+    fold = torch.randperm(len(y), generator=run.generator("folds")).to(device) % s["folds"]
+    losses = np.zeros(len(penalties))
+    for k in range(s["folds"]):
+        step, bias = start()
+        for i, penalty in enumerate(penalties):
+            fit(step, bias, (fold != k).float(), penalty)
+            with torch.no_grad():
+                losses[i] += objective(step, bias, (fold == k).float(), 0).item() / s["folds"]
+    step, bias = start()
+    fit(step, bias, torch.ones(len(y), device=device), penalties[losses.argmin()])
+
+    test = Scores(1, device)
+    with torch.no_grad():
+        everything = torch.arange(len(data.test_labels), device=device)
+        logits = F.linear(features(data.test_images, everything), averaging + step, bias).unsqueeze(1)
+        test.add(logits, data.test_labels, *cross_entropies(logits, data.test_labels))
+    return (test.summary(), {"penalty": penalties, "cross_validated_loss": losses},
+            {"penalty": penalties[losses.argmin()], "diverged_at_epoch": None})
+
+
+# --- Run folders -------------------------------------------------------------------------------
+
+def write(path, save):
+    """Writes a file under a temporary name and renames it: what has the name is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def read_run(folder):
+    """The run.json of a finished run, or None. Raises Refused if it cannot be read."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Refused(f"{folder / 'run.json'} cannot be read ({error}): remove the folder, and the "
+                      "run is done again") from error
+
+
+def load_history(folder):
+    """The arrays of history.npz, by name."""
+    with np.load(folder / "history.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def load_weights(folder, device):
+    """The state_dict of the reported epoch. Raises Refused if it is not there or not whole."""
+    path = folder / "weights.pt"
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise Refused(f"{path} cannot be read ({str(error).splitlines()[0]}): remove {folder}, and "
+                      "the run is done again") from error
+
+
+def finished(run, results):
+    """Is this run in its folder, with what it has to keep? Raises Refused on other settings there."""
+    folder = results / run.path
+    record = read_run(folder)
+    if record is None:
+        return False
+    there, here = record["settings"], json.loads(json.dumps(run.settings))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            raise Refused(f"{folder} holds results from other settings: {key} is "
+                          f"{json.dumps(there.get(key))} there and {json.dumps(here.get(key))} now; "
+                          "use another --results folder, or remove that one")
+    return (not run.weights or (folder / "weights.pt").is_file() or
+            record["result"]["diverged_at_epoch"] is not None)
+
+
+def machine(device):
+    """What a number depends on beside its settings, for run.json."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "system": platform.system(), "commit": commit()}
+
+
+def commit():
+    """The git commit of the code, marked if it was changed since; None outside a checkout."""
+    try:
+        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--exclude=*"],
+                             capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
+
+
+def do_run(experiment, run, data, results, progress):
+    """Trains one run and writes its folder; run.json, which makes it a finished run, comes last."""
+    began = time.perf_counter()
+    if run.method == "stacking":
+        test, arrays, result = stack(experiment, run, data, results)
+        weights = None
+    else:
+        history, epoch, test, weights = train(experiment, run, data, progress)
+        arrays = {f"{part}_{key}": np.array([scores[i][key] for scores in history], np.float32)
+                  for i, part in enumerate(("train", "validation")) for key in history[0][i]}
+        result = {"epoch": epoch, "diverged_at_epoch": None if epoch else len(history)}
+        if epoch:
+            result["validation_error"] = history[epoch - 1][1]["ensemble_error"]
+    if test:
+        arrays |= {f"test_{key}": value for key, value in test.items()}
+        result |= {f"test_{key}": float(value) for key, value in test.items() if np.ndim(value) == 0}
+    folder = results / run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "history.npz", lambda file: np.savez(file, **arrays))
+    if run.weights and weights:
+        write(folder / "weights.pt", lambda file: torch.save(weights, file))
+    write_json(folder / "run.json", {
+        "experiment": run.experiment, "preset": run.preset, "configuration": run.configuration,
+        "method": run.method, "lambda": run.lam, "trial": run.trial, "settings": run.settings,
+        "parameters": sum(p.numel() for p in new_ensemble(experiment, run, data)[0].parameters()),
+        "result": result, "seconds": round(time.perf_counter() - began, 2),
+        "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "data_from": data.origin, "machine": machine(data.train_images.device)})
+    return result
+
+
+# --- Plan and progress -------------------------------------------------------------------------
+
+def cost(experiment, run, data):
+    """Seconds and bytes that a run will take, from a few of its own steps on the device at hand."""
+    s, device = run.settings, data.train_images.device
+    ensemble, optimizer = new_ensemble(experiment, run, data)
+    scores = Scores(s["members"], device)
+    own = (s["members"],) if s.get("bagging") == "resample" else ()
+    index = torch.randint(len(data.train_labels), (s["batch"], *own), device=device)
+    part = torch.arange(min(EVALUATION_BATCH, len(data.train_labels)), device=device)
+
+    def seconds(work, repeats):
+        work()                                          # the first is slower
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / repeats
+
+    example = seconds(lambda: evaluate(ensemble, s["members"], data, data.train_images,
+                                       data.train_labels, part), 2) / len(part)
+    n = s["train"] or len(data.train_labels) - s["validation"]
+    if run.method == "stacking":        # some 25 passes over the logits for each fit of the combiner
+        fits = s["folds"] * len(s["penalties"]) + 1
+        return 25 * fits * example * (s["validation"] if s["stacking"] == "validation" else n), 1e4
+    step = seconds(lambda: training_step(
+        ensemble, optimizer, scores, data.normalise(data.train_images[index]),
+        data.train_labels[index], run.lam), 2 if own else 15)
+    size = 4 * sum(p.numel() for p in ensemble.parameters()) if run.weights else 0
+    return (s["epochs"] * (math.ceil(n / s["batch"]) * step + s["validation"] * example),
+            size + 16 * s["epochs"] * s["members"])
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else (
+        f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h")
+
+
+class Progress:
+    """Says where the work is and when it will end: one living line, or, in a log, one now and then."""
+
+    def __init__(self, seconds):
+        self.seconds, self.done, self.began, self.said = seconds, 0, time.perf_counter(), 0.0
+        self.live = sys.stdout.isatty()
+
+    def start(self, run):
+        self.run = run
+
+    def left(self, part):
+        """Seconds left: the estimate of what is to come, scaled by how the estimate has held so far."""
+        past = sum(self.seconds[:self.done]) + part * self.seconds[self.done]
+        spent = time.perf_counter() - self.began
+        return (sum(self.seconds) - past) * (spent / past if past and spent > 5 else 1)
+
+    def say(self, text, living=False):
+        line = f"[{self.done + 1}/{len(self.seconds)}] {self.run.label}: {text}"
+        print(f"\r{line:<100}" if self.live else line, end="" if living else "\n", flush=True)
+        self.said = time.perf_counter()
+
+    def epoch(self, epoch, history):
+        if not self.live and time.perf_counter() - self.said < 30:
+            return
+        error = 100 * history[-1][1]["ensemble_error"]
+        epochs = self.run.settings["epochs"]
+        self.say(f"epoch {epoch}/{epochs}, validation error {error:.1f} %, "
+                 f"about {duration(self.left(epoch / epochs))} left", living=self.live)
+
+    def finish(self, result):
+        if "test_ensemble_error" in result:
+            text = f"test error {100 * result['test_ensemble_error']:.2f} %"
+            text += f" (epoch {result['epoch']})" if "epoch" in result else ""
+        else:
+            text = f"DIVERGED at epoch {result['diverged_at_epoch']}"
+        self.say(f"{text}, about {duration(self.left(1))} left")
+        self.done += 1
+
+
+# --- The command line --------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refused(f"{message}; see --help")
+
+
+def _number(kind, test, expected):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not test(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {expected}")
+        return value
+    return parse
+
+
+count = _number(int, *COUNT)
+lam = _number(float, *FRACTION)
+seed_number = _number(int, _is(int, 0, 2**63 - 1), "a whole number of at least 0")
+
+
+def parser(description):
+    """The flags that every script has, with one meaning."""
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", help="a size of the study, from presets.yaml: paper, short, quick or "
+                   "smoke; without it, short where CUDA can be used, else quick")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these configurations only")
+    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+                   help="where run folders are (default: results)")
+    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+    p.add_argument("--data", help="real: the real data or nothing; auto: the stand-in where the real "
+                   "cannot be had in 5 minutes; synthetic: the stand-in; without it, the preset's")
+    p.add_argument("--data-dir", metavar="DIR", help="a folder that holds the real data; without it: "
+                   "data/, then the system's package, then a download into data/")
+    return p
+
+
+def choose_device(name):
+    """The torch device for --device. Raises Refused if it cannot be used."""
+    nearest(name, ("auto", "cpu", "cuda"), "device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: this torch sees no usable CUDA GPU; use --device cpu, or "
+                      "install a driver that fits torch " + torch.__version__)
+    torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_preset(name):
+    return name or ("short" if torch.cuda.is_available() else "quick")
+
+
+def override(block, pairs):
+    """The block with each KEY=VALUE of --set, read as YAML."""
+    changes = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        nearest(key, [k for k in block if k != "configurations"], "key in --set")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise Refused(f"--set {pair}: expected KEY=VALUE, as in presets.yaml")
+        test, expected = SETTINGS[key]
+        if not test(changes[key]):
+            raise Refused(f"--set {pair}: {value!r} is not {expected}")
+    return block | changes
+
+
+def command_line(work):
+    """Runs `work`; bad input becomes one line on stderr and exit status 2."""
+    try:
+        work()
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}: what was finished is kept; mend this and give the same command again",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: finished runs are kept; the same command goes on with the others",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+def main(experiment):
+    """The command line of a training script: plan the runs, find the data, train what is missing."""
+    command_line(lambda: _main(experiment))
+
+
+def _main(experiment):
+    p = parser(sys.modules["__main__"].__doc__)
+    p.add_argument("--lambdas", nargs="+", type=lam, help="these lambdas, in [0, 1]")
+    p.add_argument("--methods", nargs="+", help=f"these methods: {', '.join(METHODS)}")
+    p.add_argument("--trials", type=count, help="so many trials")
+    p.add_argument("--epochs", type=count, help="so many epochs")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+                   help="other values of the preset, e.g. bagging=resample, stacking=training")
+    p.add_argument("--seed", type=seed_number, default=0, help="moves initial weights, order and "
+                   "bootstraps, never the split (default: 0)")
+    p.add_argument("--fetch", action="store_true", help="get the data and stop; exit status 3 if the "
+                   "stand-in is to take its place")
+    p.add_argument("--dry-run", action="store_true", help="print the runs, what is finished and what "
+                   "the rest will take, and stop")
+    p.add_argument("--tune", action="store_true", help="tune the learning rate of every configuration "
+                   "and lambda on validation error, and print it for presets.yaml")
+    args = p.parse_args()
+    name = choose_preset(args.preset)
+    preset = load_preset(name)
+    block = override(experiment_settings(preset, name, experiment), args.set)
+    block |= {k: v for k, v in (("trials", args.trials), ("epochs", args.epochs)) if v}
+    for method in args.methods or []:
+        nearest(method, METHODS, "method")
+    for configuration in args.only or []:
+        nearest(configuration, block["configurations"], "configuration")
+    policy = nearest(args.data or preset["data"], POLICIES, "value of --data")
+
+    if args.fetch:
+        data = find_data(experiment.dataset, policy, args.data_dir)
+        print(f"data: {experiment.dataset}: {data.origin if data else 'the synthetic stand-in'}")
+        sys.exit(0 if data or policy == "synthetic" else 3)
+    data = load_data(experiment.dataset, policy, block, args.data_dir, download=not args.dry_run)
+    runs = list_runs(name, experiment, block, data.description, args.seed, args.only, args.lambdas,
+                     args.methods)
+    if args.tune:
+        runs = tuning_runs(runs, block["tune"])
+    to_do = [run for run in runs if not finished(run, args.results)]
+    if not args.dry_run:
+        make_writable(args.results)
+    data = data.to(choose_device(args.device))
+    costs = plan(experiment, runs, to_do, data)
+    if args.dry_run:
+        for run in runs:
+            print(f"  {run.label}: {'to do' if run in to_do else 'finished'}")
+        return
+    progress = Progress([seconds for seconds, _ in costs])
+    for run in to_do:
+        progress.start(run)
+        progress.finish(do_run(experiment, run, data, args.results, progress.epoch))
+    if args.tune:
+        print_tuned(runs, args.results)
+
+
+def make_writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+
+
+def plan(experiment, runs, to_do, data):
+    """Prints what is to be done and what it will take; returns (seconds, bytes) of each run to do."""
+    known = {}
+    for run in to_do:
+        kind = (run.configuration, run.method)
+        if kind not in known:
+            known[kind] = cost(experiment, run, data)
+    costs = [known[run.configuration, run.method] for run in to_do]
+    seconds, size = (sum(c) for c in zip(*costs, strict=True)) if costs else (0, 0)
+    device = data.train_images.device
+    print(f"{experiment.name}: {len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to "
+          f"do: about {duration(seconds)} on {machine(device)['device']} ({device.type}, "
+          f"{torch.get_num_threads()} threads), {size / 1e6:.0f} MB; data: {data.description['name']} "
+          f"({data.description['source']}), {data.origin}", flush=True)
+    return costs
+
+
+def tuning_runs(runs, rates):
+    """Each joint run at each rate (times M, since Eq. 9 divides by M), in results/PRESET/tune-lrX/."""
+    return [replace(run, preset=f"{run.preset}/tune-lr{rate * run.settings['members']:g}",
+                    weights=False, settings=run.settings | {"lr": rate * run.settings["members"]})
+            for run in runs if run.method == "joint" for rate in sorted(rates)]
+
+
+def print_tuned(runs, results):
+    """The rate with the lowest validation error, mean over the trials, as presets.yaml takes it."""
+    errors = {}       # configuration -> lambda -> rate -> validation errors
+    for run in runs:
+        result = read_run(results / run.path)["result"]
+        errors.setdefault(run.configuration, {}).setdefault(run.lam, {}).setdefault(
+            run.settings["lr"], []).append(result.get("validation_error", math.inf))
+    for configuration, by_lambda in errors.items():
+        best = {}
+        for lam, by_rate in by_lambda.items():
+            means = {rate: sum(e) / len(e) for rate, e in by_rate.items()}
+            best[lam] = min(means, key=means.get)
+            if len(means) > 1 and best[lam] in (min(means), max(means)):
+                print(f"{configuration}, lambda {lam:g}: the best of the rates tried is the outermost; "
+                      "widen `tune` in presets.yaml")
+        print(f"{configuration}: lr: {{" + ", ".join(f"{k:g}: {v:g}" for k, v in best.items()) + "}")
