@@ -1,4 +1,4 @@
-"""What every experiment shares: data -> batches -> ensemble -> joint loss -> training -> run folder.
+"""What the experiments share: data -> batches -> ensemble -> joint loss -> training -> run folder.
 
 A training script defines its networks and calls `main`; all else is here, in the order in which a
 number is made. Shapes: N examples, M members, K classes; an ensemble maps a batch of images
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 (someone will try)
     print(f"error: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed; "
           "`bash run_all.sh` looks for one", file=sys.stderr)
     sys.exit(2)
@@ -20,6 +20,7 @@ import datetime
 import difflib
 import gzip
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -137,7 +138,7 @@ def _merge(base, override, where):
 
 
 def load_preset(name, path=HERE / "presets.yaml"):
-    """The preset `name`: `paper` with that preset's overrides. Raises Refused on anything unknown."""
+    """The preset `name`: `paper` with that preset's overrides. Raises Refused on unknown keys."""
     try:
         presets = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -158,8 +159,8 @@ def experiment_settings(preset, name, experiment):
     block, where = preset[experiment.name], f"{name}.{experiment.name}"
     _check(block, SETTINGS | {"configurations": (lambda x: isinstance(x, dict) and x != {},
                                                  "a block of configurations")}, where)
-    for configuration, values in block["configurations"].items():
-        _check(values, CONFIGURATION | experiment.network, f"{where}.configurations.{configuration}")
+    for key, values in block["configurations"].items():
+        _check(values, CONFIGURATION | experiment.network, f"{where}.configurations.{key}")
     return block
 
 
@@ -179,16 +180,21 @@ class Experiment:
     build: object
 
 
+def experiment_of(name):
+    """The Experiment that train_NAME.py declares, for code that starts from a run folder."""
+    return importlib.import_module(f"train_{name}").EXPERIMENT
+
+
 @dataclass(frozen=True)
 class Run:
-    """configuration x method (x lambda) x trial: the unit of work. `settings` decide its numbers."""
+    """configuration x method (x lambda) x trial: the unit of work."""
     preset: str
     experiment: str
     configuration: str
     method: str           # joint | bagging | stacking
     lam: float            # lambda; 0 for bagging and stacking
     trial: int
-    settings: dict
+    settings: dict        # all that decides its numbers
     weights: bool         # are the trained weights kept?
 
     @property
@@ -217,8 +223,15 @@ class Run:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+DROPS = {      # what robustness.py drops
+    "example": "a random subset of the members for every test example, as the paper says",
+    "set": "one random subset for the whole test set, as the authors' code has it",
+    "probability": "every member with probability p for every test example (one is always left)",
+}
+
+
 def learning_rate(rates, lam):
-    """The rate of the first range of lambdas that reaches `lam`: {0.95: a, 1: b} gives b for 0.97."""
+    """The rate of the first range that reaches `lam`: {0.95: a, 1: b} gives b for 0.97."""
     return rates[min(upper for upper in rates if upper >= lam)]
 
 
@@ -228,10 +241,10 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     A single network (M = 1) is the same at every lambda and is trained once, as lambda 1. Stacking
     combines the frozen members of its trial's lambda 0 run, which therefore comes before it.
     """
-    names = [nearest(n, block["configurations"], "configuration") for n in only or
-             block["configurations"]]
+    names = only or list(block["configurations"])
     shared = {k: block[k] for k in ("epochs", "train", "validation", "test", "batch", "momentum",
                                     "weight_decay")}
+    own = {"bagging": ["bagging"], "stacking": ["stacking", "folds", "penalties"]}
     runs = []
     for trial in range(block["trials"]):
         for name in names:
@@ -240,20 +253,22 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
             wanted = [("joint", lam) for lam in lambdas or block["lambdas"] if "joint" in chosen]
             if c["members"] == 1:
                 wanted = [("joint", 1)] if wanted else []
-            elif "stacking" in chosen and ("joint", 0) not in wanted:
-                wanted.append(("joint", 0))
-            wanted += [(m, 0) for m in ("bagging", "stacking") if m in chosen and c["members"] > 1]
+            else:
+                if "stacking" in chosen and ("joint", 0) not in wanted:
+                    wanted.append(("joint", 0))
+                wanted += [(m, 0) for m in ("bagging", "stacking") if m in chosen]
             for method, lam in wanted:
-                network = {k: c[k] for k in ("members", *experiment.network)}
-                own = {"bagging": ["bagging"], "stacking": ["stacking", "folds", "penalties"]}
-                settings = {"data": data, "seed": seed, **network, "lr": learning_rate(c["lr"], lam),
-                            **shared, **{k: block[k] for k in own.get(method, [])}}
-                weights = method == "joint" and (lam in c["weights"] or
-                                                 lam == 0 and "stacking" in chosen)
-                runs.append(Run(preset, experiment.name, name, method, lam, trial, settings, weights))
+                settings = {"data": data, "seed": seed, "members": c["members"],
+                            **{k: c[k] for k in experiment.network},
+                            "lr": learning_rate(c["lr"], lam), **shared,
+                            **{k: block[k] for k in own.get(method, [])}}
+                weights = method == "joint" and (
+                    lam in c["weights"] or (lam == 0 and "stacking" in chosen))
+                runs.append(Run(preset, experiment.name, name, method, lam, trial, settings,
+                                weights))
     if not runs:
-        raise Refused("no run is left: --methods "
-                      f"{' '.join(methods)} has nothing to train for {' '.join(names)}")
+        raise Refused(f"no run is left: --methods {' '.join(methods)} trains nothing of "
+                      f"{' '.join(names)}; a single network is no ensemble")
     return runs
 
 
@@ -261,8 +276,8 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
 
 @dataclass
 class Data:
-    """Images as uint8 (n, C, H, W) and labels (n,), on the device; mean and std (C, 1, 1) in [0, 1]."""
-    description: dict     # name, source (real | synthetic), checksum or seed: a setting of every run
+    """uint8 images (n, C, H, W), labels (n,); mean and std (C, 1, 1) of pixels in [0, 1]."""
+    description: dict     # name, source (real | synthetic), checksum or seed: a setting of a run
     origin: str           # where it was found: told, but it decides no number
     classes: int
     train_images: torch.Tensor
@@ -271,6 +286,15 @@ class Data:
     test_labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+
+    @property
+    def device(self):
+        return self.train_images.device
+
+    @property
+    def shape(self):
+        """(C, H, W)"""
+        return tuple(self.train_images.shape[1:])
 
     def to(self, device):
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -293,7 +317,7 @@ DOWNLOAD_MINUTES = 5      # after which `auto` gives a download up
 
 
 def _idx_file(folder, name):
-    """The bytes of one of the four files under `folder`, plain or .gz, or None if it is not there."""
+    """The bytes of one of the four files under `folder`, plain or .gz; None if it is not there."""
     for place in (folder, folder / "FashionMNIST" / "raw", folder / "fashion-mnist"):
         for path, opener in ((place / name, open), (place / f"{name}.gz", gzip.open)):
             if not path.is_file():
@@ -302,11 +326,12 @@ def _idx_file(folder, name):
                 with opener(path, "rb") as file:
                     content = file.read()
             except (OSError, EOFError) as error:
-                raise Refused(f"{path} cannot be read ({error}): fetch it anew, or remove it") from error
+                raise Refused(f"{path} cannot be read ({error}): it is truncated or damaged; fetch "
+                              "it anew, or remove it") from error
             if hashlib.sha256(content).hexdigest() != FASHION_MNIST[name]:
-                raise Refused(f"{path} is not Fashion-MNIST's file: its SHA-256 differs from "
-                              f"{FASHION_MNIST[name][:12]}...: it is truncated or another data set; "
-                              "fetch it anew, or remove it")
+                raise Refused(f"{path} has the wrong SHA-256 (expected {FASHION_MNIST[name][:12]}"
+                              "...): it is truncated or of another data set; fetch it anew, or "
+                              "remove it")
             return content
     return None
 
@@ -325,14 +350,12 @@ def read_fashion_mnist(folder):
                       f"{', '.join(files)}, each plain or .gz")
     images, labels, test_images, test_labels = files.values()
 
-    def pixels(content):
-        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
-
-    def classes(content):
-        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=8).astype(np.int64))
+    def array(content, header):
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
     return Data(DATASETS["Fashion-MNIST"].description, str(folder), 10,
-                pixels(images), classes(labels), pixels(test_images), classes(test_labels),
+                array(images, 16).view(-1, 1, 28, 28), array(labels, 8).long(),
+                array(test_images, 16).view(-1, 1, 28, 28), array(test_labels, 8).long(),
                 torch.tensor(0.2860).view(1, 1, 1), torch.tensor(0.3530).view(1, 1, 1))
 
 
@@ -364,14 +387,16 @@ def synthetic(classes, shape, train, test, seed=0):
             mixed += 0.6 * torch.randn(mixed.shape, generator=g)
             images[here] = (128 + 40 * mixed).clamp_(0, 255).to(torch.uint8)
     pixels = images[:train].float().div_(255)
-    return Data({"name": "synthetic stand-in", "source": "synthetic", "seed": seed}, "made from a seed",
-                classes, images[:train], labels[:train], images[train:], labels[train:],
+    description = {"name": "synthetic stand-in", "source": "synthetic", "seed": seed}
+    return Data(description, "made from a seed", classes,
+                images[:train], labels[:train], images[train:], labels[train:],
                 pixels.mean((0, 2, 3)).view(-1, 1, 1), pixels.std((0, 2, 3)).view(-1, 1, 1))
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Where a data set comes from, and the form of its stand-in."""
+
     description: dict     # what the real data is: a setting of every run on it
     read: object          # folder -> Data, or None if nothing is there
     system: Path          # where a system package puts it
@@ -386,7 +411,8 @@ class Dataset:
 DATASETS = {
     "Fashion-MNIST": Dataset(
         {"name": "Fashion-MNIST", "source": "real",
-         "sha256": FASHION_MNIST["train-images-idx3-ubyte"]}, read_fashion_mnist, DEBIAN_FASHION_MNIST, "FashionMNIST", 10, (1, 28, 28), 60000, 10000,
+         "sha256": FASHION_MNIST["train-images-idx3-ubyte"]},
+        read_fashion_mnist, DEBIAN_FASHION_MNIST, "FashionMNIST", 10, (1, 28, 28), 60000, 10000,
         "`apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or put the four files "
         "*-ubyte.gz of Fashion-MNIST into a folder and pass --data-dir FOLDER"),
 }
@@ -409,7 +435,7 @@ def _download(name, minutes):
             f"[d({scratch!r}, train=t, download=True) for t in (True, False)]")
     try:
         done = subprocess.run([sys.executable, "-c", code], timeout=minutes and minutes * 60,
-                              stderr=subprocess.PIPE if not sys.stderr.isatty() else None, text=True)
+                              stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
         if done.returncode:
             return ((done.stderr or "").strip().splitlines() or ["torchvision failed"])[-1]
         for path in Path(scratch).iterdir():
@@ -448,10 +474,10 @@ def find_data(name, policy, data_dir=None, download=True):
     if failure is None:
         return dataset.read(DEFAULT_DATA_DIR)
     if policy == "real":
-        raise Refused(f"{name} is not on disk and its download failed ({failure}). Three ways to get "
-                      f"it: be online and run this again; {dataset.ways}")
-    print(f"data: {name} cannot be had ({failure}); by --data auto the SYNTHETIC STAND-IN takes its "
-          f"place, and every figure says so. For the real: {dataset.ways}", flush=True)
+        raise Refused(f"{name} is not on disk and its download failed ({failure}). Three ways to "
+                      f"get it: be online and run this again; {dataset.ways}")
+    print(f"data: {name} cannot be had ({failure}); by --data auto the SYNTHETIC STAND-IN takes "
+          f"its place, and every figure says so. For the real one: {dataset.ways}", flush=True)
     return None
 
 
@@ -487,7 +513,7 @@ def load_data(name, policy, block, data_dir=None, download=True):
 def split(n, trial, validation, train=None):
     """Indices of the training and the validation split of one trial, the authors' procedure.
 
-    The split depends on the trial alone. `train` keeps the first so many of what is left to train on.
+    It depends on the trial alone. `train` keeps the first so many of what is left to train on.
     """
     held_out = np.random.RandomState(trial).choice(range(n), validation, replace=False)
     rest = np.setdiff1d(np.arange(n), held_out)[:train]
@@ -495,7 +521,7 @@ def split(n, trial, validation, train=None):
 
 
 def bootstraps(n, members, generator):
-    """(n, M): column m holds the n draws with replacement, from range(n), that member m trains on."""
+    """(n, M): column m holds the n draws with replacement from range(n) that member m trains on."""
     return torch.randint(n, (n, members), generator=generator)
 
 
@@ -626,17 +652,23 @@ EVALUATION_BATCH = 2000
 
 
 @torch.no_grad()
-def evaluate(ensemble, members, data, images, labels, index=None):
-    """`Scores.summary` of an ensemble on images (n, C, H, W), or on those of them at `index`."""
+def evaluate(ensemble, data, images, labels):
+    """`Scores.summary` of an ensemble on images (n, C, H, W) with labels (n,)."""
     ensemble.eval()
-    scores = Scores(members, labels.device)
-    if index is None:
-        index = torch.arange(len(labels), device=labels.device)
-    for batch in index.split(EVALUATION_BATCH):
-        targets = labels[batch]
-        member_logits = ensemble(data.normalise(images[batch]))
+    scores = None
+    for part, targets in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH),
+                             strict=True):
+        member_logits = ensemble(data.normalise(part))
+        scores = scores or Scores(member_logits.shape[1], labels.device)
         scores.add(member_logits, targets, *cross_entropies(member_logits, targets))
     return scores.summary()
+
+
+@torch.no_grad()
+def predict(ensemble, data, images):
+    """All member logits (n, M, K) of images (n, C, H, W)."""
+    ensemble.eval()
+    return torch.cat([ensemble(data.normalise(part)) for part in images.split(EVALUATION_BATCH)])
 
 
 # --- Training ----------------------------------------------------------------------------------
@@ -654,8 +686,8 @@ def training_step(ensemble, optimizer, scores, images, targets, lam, weights=Non
 def new_ensemble(experiment, run, data):
     """The untrained ensemble of a run, on the device of its data, and its optimizer."""
     s = run.settings
-    ensemble = experiment.build(s, tuple(data.train_images.shape[1:]), data.classes,
-                                run.generator("initialisation")).to(data.train_images.device)
+    ensemble = experiment.build(s, data.shape, data.classes, run.generator("initialisation"))
+    ensemble = ensemble.to(data.device)
     return ensemble, torch.optim.SGD(ensemble.parameters(), lr=s["lr"], momentum=s["momentum"],
                                      weight_decay=s["weight_decay"], fused=True)
 
@@ -663,68 +695,60 @@ def new_ensemble(experiment, run, data):
 def train(experiment, run, data, progress=lambda epoch, history: None):
     """Trains one run by the paper's protocol (appendix B): early stopping on validation error.
 
-    Returns the history (a list of `Scores.summary` pairs, training and validation, by epoch), the
-    reported epoch, counted from 1, the test scores at that epoch and its weights; of a run whose
-    loss is no longer finite, the history so far and None.
+    Returns the ensemble, with the weights of the reported epoch; the history, a pair of
+    `Scores.summary` (training, validation) an epoch; the reported epoch, counted from 1; and the
+    test scores there. The last two are None of a run whose loss is no longer finite.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(experiment, run, data)
-    training, validation = (part.to(data.train_images.device) for part in split(
+    training, validation = (part.to(data.device) for part in split(
         len(data.train_images), run.trial, s["validation"], s["train"]))
+    held_out = data.train_images[validation], data.train_labels[validation]
     n, bagging = len(training), s.get("bagging")
     if bagging:
-        draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(training.device)
+        draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(data.device)
         counts = multiplicities(draws)
     order = run.generator("order")
-    history, best, lowest = [], None, math.inf
+    history, lowest = [], math.inf
     for epoch in range(1, s["epochs"] + 1):
         ensemble.train()
-        scores = Scores(s["members"], training.device)
-        for rows in torch.randperm(n, generator=order).to(training.device).split(s["batch"]):
+        scores = Scores(s["members"], data.device)
+        for rows in torch.randperm(n, generator=order).to(data.device).split(s["batch"]):
             batch = training[draws[rows] if bagging == "resample" else rows]   # (N, M) or (N,)
-            weights = counts[rows].float() if bagging == "weights" else None
             training_step(ensemble, optimizer, scores, data.normalise(data.train_images[batch]),
-                          data.train_labels[batch], run.lam, weights)
-        history.append((scores.summary(), evaluate(ensemble, s["members"], data, data.train_images,
-                                                   data.train_labels, validation)))
+                          data.train_labels[batch], run.lam,
+                          counts[rows].float() if bagging == "weights" else None)
+        history.append((scores.summary(), evaluate(ensemble, data, *held_out)))
         progress(epoch, history)
         if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1]):
-            return history, None, None, None
-        if history[-1][1]["ensemble_error"] < lowest:       # the first minimum, as the authors take it
-            lowest, best = history[-1][1]["ensemble_error"], epoch
-            weights = copy.deepcopy(ensemble.state_dict())
-    ensemble.load_state_dict(weights)
-    test = evaluate(ensemble, s["members"], data, data.test_images, data.test_labels)
-    return history, best, test, weights
+            return ensemble, history, None, None
+        error = history[-1][1]["ensemble_error"]
+        if error < lowest:                              # the first minimum, as the authors take it
+            lowest, reported, best = error, epoch, copy.deepcopy(ensemble.state_dict())
+    ensemble.load_state_dict(best)
+    return ensemble, history, reported, evaluate(ensemble, data, data.test_images, data.test_labels)
 
 
 def stack(experiment, run, data, results):
     """Stacking (Wolpert 1992): a linear combiner on the M*K logits of the frozen lambda 0 members.
 
-    The combiner starts at plain averaging and is penalised, by the squared distance, towards it; the
+    The combiner starts at plain averaging and is penalised, by squared distance, towards it; the
     penalty with the lowest cross-validated cross entropy is taken. Returns the test scores of the
-    combiner (as an ensemble of one), and what history.npz and run.json tell of it.
+    combination, as an ensemble of one (None if the lambda 0 run diverged), and what history.npz and
+    run.json tell of the penalty.
     """
-    s, device = run.settings, data.train_images.device
+    s = run.settings
     source = results / replace(run, method="joint").path
     diverged = read_run(source)["result"]["diverged_at_epoch"]
     if diverged is not None:                            # there are no members to combine
         return None, {}, {"diverged_at_epoch": diverged}
     ensemble, _ = new_ensemble(experiment, run, data)
-    ensemble.load_state_dict(load_weights(source, device))
-    ensemble.eval()
-
-    @torch.no_grad()
-    def features(images, index):                                           # (n, M*K)
-        out = torch.empty(len(index), s["members"] * data.classes, device=device)
-        for rows in torch.arange(len(index), device=device).split(EVALUATION_BATCH):
-            out[rows] = ensemble(data.normalise(images[index[rows]])).flatten(1)
-        return out
-
+    ensemble.load_state_dict(load_weights(source, data.device))
     training, validation = split(len(data.train_images), run.trial, s["validation"], s["train"])
-    fitted = (validation if s["stacking"] == "validation" else training).to(device)
-    x, y = features(data.train_images, fitted), data.train_labels[fitted]
-    averaging = torch.eye(data.classes, device=device).repeat(1, s["members"]) / s["members"]
+    fitted = (validation if s["stacking"] == "validation" else training).to(data.device)
+    x = predict(ensemble, data, data.train_images[fitted]).flatten(1)              # (n, M*K)
+    y = data.train_labels[fitted]
+    averaging = torch.eye(data.classes, device=data.device).repeat(1, s["members"]) / s["members"]
 
     def objective(step, bias, rows, penalty):
         loss = F.cross_entropy(F.linear(x, averaging + step, bias), y, reduction="none")
@@ -744,10 +768,10 @@ def stack(experiment, run, data, results):
 
     def start():
         return (torch.zeros_like(averaging, requires_grad=True),
-                torch.zeros(data.classes, device=device, requires_grad=True))
+                torch.zeros(data.classes, device=data.device, requires_grad=True))
 
-    penalties = sorted(s["penalties"], reverse=True)          # from the strongest, each a warm start
-    fold = torch.randperm(len(y), generator=run.generator("folds")).to(device) % s["folds"]
+    penalties = sorted(s["penalties"], reverse=True)        # from the strongest, each a warm start
+    fold = torch.randperm(len(y), generator=run.generator("folds")).to(data.device) % s["folds"]
     losses = np.zeros(len(penalties))
     for k in range(s["folds"]):
         step, bias = start()
@@ -756,13 +780,13 @@ def stack(experiment, run, data, results):
             with torch.no_grad():
                 losses[i] += objective(step, bias, (fold == k).float(), 0).item() / s["folds"]
     step, bias = start()
-    fit(step, bias, torch.ones(len(y), device=device), penalties[losses.argmin()])
+    fit(step, bias, torch.ones(len(y), device=data.device), penalties[losses.argmin()])
 
-    test = Scores(1, device)
+    test, targets = Scores(1, data.device), data.test_labels
     with torch.no_grad():
-        everything = torch.arange(len(data.test_labels), device=device)
-        logits = F.linear(features(data.test_images, everything), averaging + step, bias).unsqueeze(1)
-        test.add(logits, data.test_labels, *cross_entropies(logits, data.test_labels))
+        x = predict(ensemble, data, data.test_images).flatten(1)
+        logits = F.linear(x, averaging + step, bias).unsqueeze(1)                  # (N, 1, K)
+        test.add(logits, targets, *cross_entropies(logits, targets))
     return (test.summary(), {"penalty": penalties, "cross_validated_loss": losses},
             {"penalty": penalties[losses.argmin()], "diverged_at_epoch": None})
 
@@ -778,10 +802,6 @@ def write(path, save):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
 def read_run(folder):
@@ -812,7 +832,7 @@ def load_weights(folder, device):
 
 
 def finished(run, results):
-    """Is this run in its folder, with what it has to keep? Raises Refused on other settings there."""
+    """Is this run in its folder, with what it must keep? Raises Refused on other settings there."""
     folder = results / run.path
     record = read_run(folder)
     if record is None:
@@ -821,8 +841,8 @@ def finished(run, results):
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             raise Refused(f"{folder} holds results from other settings: {key} is "
-                          f"{json.dumps(there.get(key))} there and {json.dumps(here.get(key))} now; "
-                          "use another --results folder, or remove that one")
+                          f"{there.get(key)!r} there and {here.get(key)!r} now; use another "
+                          "--results folder, or remove that one")
     return (not run.weights or (folder / "weights.pt").is_file() or
             record["result"]["diverged_at_epoch"] is not None)
 
@@ -849,34 +869,45 @@ def commit():
     return git.stdout.strip() or None
 
 
+def write_run(run, results, data, began, arrays, result, ensemble=None):
+    """Writes a run folder; run.json, which makes it a finished run, comes last.
+
+    arrays go to history.npz, `result` and what else is worth knowing to run.json, and the weights
+    to weights.pt where the run keeps them. `began` is the run's start by time.perf_counter.
+    """
+    folder = results / run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "history.npz", lambda file: np.savez(file, **arrays))
+    record = {"experiment": run.experiment, "preset": run.preset,
+              "configuration": run.configuration, "method": run.method, "lambda": run.lam,
+              "trial": run.trial, "settings": run.settings, "result": result}
+    if ensemble is not None:
+        record["parameters"] = sum(p.numel() for p in ensemble.parameters())
+    if run.weights and result["diverged_at_epoch"] is None:
+        write(folder / "weights.pt", lambda file: torch.save(ensemble.state_dict(), file))
+    record |= {"seconds": round(time.perf_counter() - began, 2),
+               "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+               "data_from": data.origin, "machine": machine(data.device)}
+    write(folder / "run.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
 def do_run(experiment, run, data, results, progress):
-    """Trains one run and writes its folder; run.json, which makes it a finished run, comes last."""
-    began = time.perf_counter()
+    """Trains one run and writes its folder. Returns its result, as run.json has it."""
+    began, ensemble = time.perf_counter(), None
     if run.method == "stacking":
         test, arrays, result = stack(experiment, run, data, results)
-        weights = None
     else:
-        history, epoch, test, weights = train(experiment, run, data, progress)
+        ensemble, history, epoch, test = train(experiment, run, data, progress)
         arrays = {f"{part}_{key}": np.array([scores[i][key] for scores in history], np.float32)
                   for i, part in enumerate(("train", "validation")) for key in history[0][i]}
         result = {"epoch": epoch, "diverged_at_epoch": None if epoch else len(history)}
         if epoch:
             result["validation_error"] = history[epoch - 1][1]["ensemble_error"]
-    if test:
-        arrays |= {f"test_{key}": value for key, value in test.items()}
-        result |= {f"test_{key}": float(value) for key, value in test.items() if np.ndim(value) == 0}
-    folder = results / run.path
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "history.npz", lambda file: np.savez(file, **arrays))
-    if run.weights and weights:
-        write(folder / "weights.pt", lambda file: torch.save(weights, file))
-    write_json(folder / "run.json", {
-        "experiment": run.experiment, "preset": run.preset, "configuration": run.configuration,
-        "method": run.method, "lambda": run.lam, "trial": run.trial, "settings": run.settings,
-        "parameters": sum(p.numel() for p in new_ensemble(experiment, run, data)[0].parameters()),
-        "result": result, "seconds": round(time.perf_counter() - began, 2),
-        "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "data_from": data.origin, "machine": machine(data.train_images.device)})
+    for key, value in (test or {}).items():
+        arrays[f"test_{key}"] = value
+        if np.ndim(value) == 0:
+            result[f"test_{key}"] = float(value)
+    write_run(run, results, data, began, arrays, result, ensemble)
     return result
 
 
@@ -884,12 +915,12 @@ def do_run(experiment, run, data, results, progress):
 
 def cost(experiment, run, data):
     """Seconds and bytes that a run will take, from a few of its own steps on the device at hand."""
-    s, device = run.settings, data.train_images.device
+    s, device = run.settings, data.device
     ensemble, optimizer = new_ensemble(experiment, run, data)
     scores = Scores(s["members"], device)
     own = (s["members"],) if s.get("bagging") == "resample" else ()
     index = torch.randint(len(data.train_labels), (s["batch"], *own), device=device)
-    part = torch.arange(min(EVALUATION_BATCH, len(data.train_labels)), device=device)
+    part = data.train_images[:EVALUATION_BATCH], data.train_labels[:EVALUATION_BATCH]
 
     def seconds(work, repeats):
         work()                                          # the first is slower
@@ -902,12 +933,11 @@ def cost(experiment, run, data):
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / repeats
 
-    example = seconds(lambda: evaluate(ensemble, s["members"], data, data.train_images,
-                                       data.train_labels, part), 2) / len(part)
+    example = seconds(lambda: evaluate(ensemble, data, *part), 2) / len(part[1])
     n = s["train"] or len(data.train_labels) - s["validation"]
-    if run.method == "stacking":        # some 25 passes over the logits for each fit of the combiner
+    if run.method == "stacking":        # some 25 passes over the logits for each fit
         fits = s["folds"] * len(s["penalties"]) + 1
-        return 25 * fits * example * (s["validation"] if s["stacking"] == "validation" else n), 1e4
+        return 25 * fits * example * (s["validation"] if s["stacking"] == "validation" else n), 0
     step = seconds(lambda: training_step(
         ensemble, optimizer, scores, data.normalise(data.train_images[index]),
         data.train_labels[index], run.lam), 2 if own else 15)
@@ -921,8 +951,25 @@ def duration(seconds):
         f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h")
 
 
+def plan(experiment, runs, to_do, data):
+    """Prints what is to be done and what it takes; returns (seconds, bytes) of each run to do."""
+    known = {}
+    for run in to_do:
+        kind = (run.configuration, run.method)
+        if kind not in known:
+            known[kind] = cost(experiment, run, data)
+    costs = [known[run.configuration, run.method] for run in to_do]
+    seconds, size = (sum(c) for c in zip(*costs, strict=True)) if costs else (0, 0)
+    name, source = data.description["name"], data.description["source"]
+    print(f"{experiment.name}: {len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} "
+          f"to do: about {duration(seconds)}, {size / 1e6:.0f} MB\n"
+          f"  on {machine(data.device)['device']} ({data.device.type}, {torch.get_num_threads()} "
+          f"threads), with {name} ({source}; {data.origin})", flush=True)
+    return costs
+
+
 class Progress:
-    """Says where the work is and when it will end: one living line, or, in a log, one now and then."""
+    """Says where the work is and when it will end: one living line; in a log, one now and then."""
 
     def __init__(self, seconds):
         self.seconds, self.done, self.began, self.said = seconds, 0, time.perf_counter(), 0.0
@@ -932,7 +979,7 @@ class Progress:
         self.run = run
 
     def left(self, part):
-        """Seconds left: the estimate of what is to come, scaled by how the estimate has held so far."""
+        """Seconds left: the estimate of what is to come, scaled by how it has held so far."""
         past = sum(self.seconds[:self.done]) + part * self.seconds[self.done]
         spent = time.perf_counter() - self.began
         return (sum(self.seconds) - past) * (spent / past if past and spent > 5 else 1)
@@ -980,120 +1027,104 @@ def _number(kind, test, expected):
 
 
 count = _number(int, *COUNT)
-lam = _number(float, *FRACTION)
+lambda_number = _number(float, *FRACTION)
 seed_number = _number(int, _is(int, 0, 2**63 - 1), "a whole number of at least 0")
 
 
 def parser(description):
-    """The flags that every script has, with one meaning."""
+    """The flags that training and robustness.py share, with one meaning."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", help="a size of the study, from presets.yaml: paper, short, quick or "
-                   "smoke; without it, short where CUDA can be used, else quick")
+    p.add_argument("--preset", help="a size of the study, from presets.yaml: paper, short, quick "
+                   "or smoke; without it, short where CUDA can be used, else quick")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these configurations only")
+    p.add_argument("--lambdas", nargs="+", type=lambda_number, metavar="L",
+                   help="these lambdas only, numbers in [0, 1]")
+    p.add_argument("--trials", type=count, metavar="N", help="the first N trials")
+    p.add_argument("--data-dir", metavar="DIR", help="a folder that holds the real data; without "
+                   "it: data/, then the system's package, then a download into data/")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
                    help="where run folders are (default: results)")
     p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
-    p.add_argument("--data", help="real: the real data or nothing; auto: the stand-in where the real "
-                   "cannot be had in 5 minutes; synthetic: the stand-in; without it, the preset's")
-    p.add_argument("--data-dir", metavar="DIR", help="a folder that holds the real data; without it: "
-                   "data/, then the system's package, then a download into data/")
+    p.add_argument("--seed", type=seed_number, default=0, metavar="N", help="moves initial "
+                   "weights, order, bootstraps and dropped members, never the split (default: 0)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="print the runs, what is finished and what the rest will take, and stop")
+    return p
+
+
+def training_parser(description):
+    """The flags of a training script."""
+    p = parser(description)
+    p.add_argument("--methods", nargs="+", metavar="METHOD",
+                   help=f"these methods only: {', '.join(METHODS)}")
+    p.add_argument("--epochs", type=count, metavar="N", help="so many epochs")
+    p.add_argument("--data", help="real: the real data or nothing; auto: the stand-in where the "
+                   "real cannot be had in 5 minutes; synthetic: the stand-in; "
+                   "without it, the preset's policy")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+                   help="other values of the preset, e.g. bagging=resample, stacking=training")
+    p.add_argument("--fetch", action="store_true",
+                   help="get the data and stop; exit status 3 if the stand-in takes its place")
     return p
 
 
 def choose_device(name):
     """The torch device for --device. Raises Refused if it cannot be used."""
-    nearest(name, ("auto", "cpu", "cuda"), "device")
+    nearest(name, ("auto", "cpu", "cuda"), "value of --device")
     if name == "cuda" and not torch.cuda.is_available():
-        raise Refused("--device cuda: this torch sees no usable CUDA GPU; use --device cpu, or "
-                      "install a driver that fits torch " + torch.__version__)
+        raise Refused("--device cuda: torch sees no usable CUDA GPU; use --device cpu, or install "
+                      f"a driver that fits torch {torch.__version__}")
     torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_preset(name):
+    """The driver's rule: `paper` is weeks of one GPU and is asked for by name."""
     return name or ("short" if torch.cuda.is_available() else "quick")
 
 
 def override(block, pairs):
     """The block with each KEY=VALUE of --set, read as YAML."""
-    changes = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, _, text = pair.partition("=")
         nearest(key, [k for k in block if k != "configurations"], "key in --set")
-        try:
-            changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise Refused(f"--set {pair}: expected KEY=VALUE, as in presets.yaml")
         test, expected = SETTINGS[key]
-        if not test(changes[key]):
-            raise Refused(f"--set {pair}: {value!r} is not {expected}")
-    return block | changes
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = math.nan
+        if not test(value):
+            raise Refused(f"--set {pair}: '{text}' is not {expected}")
+        block = block | {key: value}
+    return block
 
 
-def command_line(work):
-    """Runs `work`; bad input becomes one line on stderr and exit status 2."""
-    try:
-        work()
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}: what was finished is kept; mend this and give the same command again",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped: finished runs are kept; the same command goes on with the others",
-              file=sys.stderr)
-        sys.exit(130)
-
-
-def main(experiment):
-    """The command line of a training script: plan the runs, find the data, train what is missing."""
-    command_line(lambda: _main(experiment))
-
-
-def _main(experiment):
-    p = parser(sys.modules["__main__"].__doc__)
-    p.add_argument("--lambdas", nargs="+", type=lam, help="these lambdas, in [0, 1]")
-    p.add_argument("--methods", nargs="+", help=f"these methods: {', '.join(METHODS)}")
-    p.add_argument("--trials", type=count, help="so many trials")
-    p.add_argument("--epochs", type=count, help="so many epochs")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
-                   help="other values of the preset, e.g. bagging=resample, stacking=training")
-    p.add_argument("--seed", type=seed_number, default=0, help="moves initial weights, order and "
-                   "bootstraps, never the split (default: 0)")
-    p.add_argument("--fetch", action="store_true", help="get the data and stop; exit status 3 if the "
-                   "stand-in is to take its place")
-    p.add_argument("--dry-run", action="store_true", help="print the runs, what is finished and what "
-                   "the rest will take, and stop")
-    p.add_argument("--tune", action="store_true", help="tune the learning rate of every configuration "
-                   "and lambda on validation error, and print it for presets.yaml")
-    args = p.parse_args()
+def prepare(experiment, args):
+    """What the command line selects: the experiment's settings, its data and its runs."""
     name = choose_preset(args.preset)
     preset = load_preset(name)
     block = override(experiment_settings(preset, name, experiment), args.set)
-    block |= {k: v for k, v in (("trials", args.trials), ("epochs", args.epochs)) if v}
-    for method in args.methods or []:
-        nearest(method, METHODS, "method")
-    for configuration in args.only or []:
-        nearest(configuration, block["configurations"], "configuration")
+    block |= {k: v for k in ("trials", "epochs") if (v := getattr(args, k))}
+    for word in args.methods or []:
+        nearest(word, METHODS, "method")
+    for word in args.only or []:
+        nearest(word, block["configurations"], "configuration")
     policy = nearest(args.data or preset["data"], POLICIES, "value of --data")
-
+    device = choose_device(args.device)
     if args.fetch:
         data = find_data(experiment.dataset, policy, args.data_dir)
         print(f"data: {experiment.dataset}: {data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
     data = load_data(experiment.dataset, policy, block, args.data_dir, download=not args.dry_run)
-    runs = list_runs(name, experiment, block, data.description, args.seed, args.only, args.lambdas,
-                     args.methods)
-    if args.tune:
-        runs = tuning_runs(runs, block["tune"])
+    return block, data.to(device), list_runs(
+        name, experiment, block, data.description, args.seed, args.only, args.lambdas, args.methods)
+
+
+def train_missing(experiment, runs, data, args):
+    """Trains the runs that are not in their folders yet, or with --dry-run prints the plan."""
     to_do = [run for run in runs if not finished(run, args.results)]
     if not args.dry_run:
         make_writable(args.results)
-    data = data.to(choose_device(args.device))
     costs = plan(experiment, runs, to_do, data)
     if args.dry_run:
         for run in runs:
@@ -1103,55 +1134,29 @@ def _main(experiment):
     for run in to_do:
         progress.start(run)
         progress.finish(do_run(experiment, run, data, args.results, progress.epoch))
-    if args.tune:
-        print_tuned(runs, args.results)
 
 
 def make_writable(folder):
+    """Makes a folder for what is to be written. Raises Refused if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise Refused(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+        raise Refused(f"{folder} cannot be written: {error.strerror}; name another one") from error
 
 
-def plan(experiment, runs, to_do, data):
-    """Prints what is to be done and what it will take; returns (seconds, bytes) of each run to do."""
-    known = {}
-    for run in to_do:
-        kind = (run.configuration, run.method)
-        if kind not in known:
-            known[kind] = cost(experiment, run, data)
-    costs = [known[run.configuration, run.method] for run in to_do]
-    seconds, size = (sum(c) for c in zip(*costs, strict=True)) if costs else (0, 0)
-    device = data.train_images.device
-    print(f"{experiment.name}: {len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to "
-          f"do: about {duration(seconds)} on {machine(device)['device']} ({device.type}, "
-          f"{torch.get_num_threads()} threads), {size / 1e6:.0f} MB; data: {data.description['name']} "
-          f"({data.description['source']}), {data.origin}", flush=True)
-    return costs
-
-
-def tuning_runs(runs, rates):
-    """Each joint run at each rate (times M, since Eq. 9 divides by M), in results/PRESET/tune-lrX/."""
-    return [replace(run, preset=f"{run.preset}/tune-lr{rate * run.settings['members']:g}",
-                    weights=False, settings=run.settings | {"lr": rate * run.settings["members"]})
-            for run in runs if run.method == "joint" for rate in sorted(rates)]
-
-
-def print_tuned(runs, results):
-    """The rate with the lowest validation error, mean over the trials, as presets.yaml takes it."""
-    errors = {}       # configuration -> lambda -> rate -> validation errors
-    for run in runs:
-        result = read_run(results / run.path)["result"]
-        errors.setdefault(run.configuration, {}).setdefault(run.lam, {}).setdefault(
-            run.settings["lr"], []).append(result.get("validation_error", math.inf))
-    for configuration, by_lambda in errors.items():
-        best = {}
-        for lam, by_rate in by_lambda.items():
-            means = {rate: sum(e) / len(e) for rate, e in by_rate.items()}
-            best[lam] = min(means, key=means.get)
-            if len(means) > 1 and best[lam] in (min(means), max(means)):
-                print(f"{configuration}, lambda {lam:g}: the best of the rates tried is the outermost; "
-                      "widen `tune` in presets.yaml")
-        print(f"{configuration}: lr: {{" + ", ".join(f"{k:g}: {v:g}" for k, v in best.items()) + "}")
+def command_line(main):
+    """Runs a script's `main`; bad input becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                # the disk is full, a folder went away
+        print(f"error: {error}; what was finished is kept: mend this and give the same command "
+              "again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; finished runs are kept: the same command goes on with the others",
+              file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,353 @@
+"""Draws the paper's figures from run folders; trains nothing.
+
+    python make_figures.py                   # every figure that the runs at hand allow
+    python make_figures.py fig3 fig7         # these
+
+Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and says
+at its foot what it was made from. Errors are means over trials; bars and bands are standard errors
+(ddof 1). Where runs are missing it says which, and the command that makes them.
+"""
+
+import csv
+import io
+import math
+import sys
+from pathlib import Path
+
+import common
+
+import matplotlib
+import numpy as np
+import yaml
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+plt.rcParams.update({
+    "figure.figsize": (4.8, 3.5), "figure.constrained_layout.use": True,    # the paper's text width
+    "font.size": 9, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "pdf.fonttype": 42,
+})
+# Okabe and Ito's colours, which the colour-blind can tell apart; marker and dash do it in grey.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
+          {"color": ORANGE, "marker": "s", "linestyle": "--"},
+          {"color": GREEN, "marker": "^", "linestyle": "-."}]
+PAPER = {"linestyle": "none", "marker": "*", "markersize": 11, "markerfacecolor": "white",
+         "markeredgecolor": "black", "zorder": 5}
+PUBLISHED = yaml.safe_load((common.HERE / "published.yaml").read_text())
+
+# --- The runs of a figure ----------------------------------------------------------------------
+
+
+class Study:
+    """The runs of one preset for one figure: it finds them, and knows which are missing."""
+
+    def __init__(self, results, name, drop):
+        self.results, self.name, self.drop = results, name, drop
+        self.preset = common.load_preset(name)
+        self.used, self.missing = [], []
+
+    def runs(self, experiment, configuration, method):
+        """(run.json, folder) by trial of the finished runs of one method ("joint-0.95", ...)."""
+        folder = self.results / self.name / experiment / configuration / method
+        planned = self.preset["mlp_fmnist"]["trials"]
+        found = []
+        for path in sorted(folder.glob("trial*/run.json")):
+            found.append((common.read_run(path.parent), path.parent))
+        self.missing += [(experiment, configuration, method, trial) for trial in range(planned)
+                         if trial not in {record["trial"] for record, _ in found}]
+        self.used += [record for record, _ in found]
+        return found
+
+    def curves(self, configuration, method):
+        """The robustness curves of one method by trial: x (X,) and mean error over repeats (X,)."""
+        found = self.runs(f"robustness-{self.drop}", configuration, method)
+        if len(found) < self.preset["mlp_fmnist"]["trials"]:        # is it trained at all?
+            used, self.used = self.used, []
+            self.runs("mlp_fmnist", configuration, method)
+            self.used = used
+        histories = [common.load_history(folder) for _, folder in found]
+        x = "probability" if self.drop == "probability" else "dropped"
+        return [(history[x], history["error"].mean(0)) for history in histories]
+
+    def lambdas(self, configuration):
+        """The lambdas planned for a configuration, and any others that were run."""
+        there = (self.results / self.name / "mlp_fmnist" / configuration).glob("joint-*")
+        return sorted({float(path.name.split("-")[1]) for path in there}
+                      | set(self.preset["mlp_fmnist"]["lambdas"]))
+
+    def point(self, configuration, method, key="test_ensemble_error"):
+        """One number of a configuration and method over its trials, as a row of a figure's CSV."""
+        results = [record["result"] for record, _ in self.runs("mlp_fmnist", configuration, method)]
+        values = [result[key] for result in results if result["diverged_at_epoch"] is None]
+        mean, error = mean_and_error(values)
+        return {"configuration": configuration, "method": method, "n": len(values),
+                "diverged": len(results) - len(values), key: mean, "standard_error": error}
+
+    def provenance(self):
+        """One line that says what was used. Raises Refused if runs of other settings are mixed."""
+        trained = [record["settings"].get("trained", record["settings"]) for record in self.used]
+        for key in ("data", "epochs", "train", "validation", "test", "batch", "seed"):
+            values = {str(settings[key]) for settings in trained}
+            if len(values) > 1:
+                raise common.Refused(f"{self.results / self.name} mixes runs with {key} "
+                                     f"{' and '.join(sorted(values))}: keep one of them")
+        s = trained[0]
+        data = "SYNTHETIC STAND-IN DATA" if s["data"]["source"] == "synthetic" else (
+            f"{s['data']['name']} (real)")
+        images = f"{s['train']:,} training images" if s["train"] else "all training images"
+        trials = len({record["trial"] for record in self.used})
+        devices = ", ".join(sorted({record["machine"]["device"] for record in self.used}))
+        commits = ", ".join(sorted({str(record["machine"]["commit"]) for record in self.used}))
+        return (f"{data} · preset {self.name}: {images}, {s['epochs']} epochs, {trials} "
+                f"trial{'s' * (trials != 1)}\n{devices} · commit {commits}")
+
+    def real(self):
+        """Only beside results on the real data do the paper's numbers mean anything."""
+        return all(record["settings"]["data"]["source"] == "real" for record in self.used)
+
+    def commands(self):
+        """What makes the missing runs."""
+        def flags(runs):
+            lambdas = sorted({float(m.split("-")[1]) for _, _, m, _ in runs if "-" in m})
+            methods = sorted({m.split("-")[0] for _, _, m, _ in runs}, reverse=True)
+            return (f"--preset {self.name} --only {' '.join(dict.fromkeys(c for _, c, _, _ in runs))}"
+                    + (f" --lambdas {' '.join(f'{x:g}' for x in lambdas)}" if lambdas else ""), methods)
+
+        trained = [run for run in self.missing if run[0] == "mlp_fmnist"]
+        dropped = [run for run in self.missing if run[0] != "mlp_fmnist"]
+        if trained:
+            selection, methods = flags(trained)
+            yield f"python train_mlp_fmnist.py {selection} --methods {' '.join(methods)}"
+        if dropped:
+            selection, _ = flags(dropped)
+            yield f"python robustness.py {selection}" + (
+                "" if self.drop == "example" else f" --drop {self.drop}")
+
+
+def mean_and_error(values, axis=None):
+    """The mean over trials and its standard error (ddof 1; nan for a single trial)."""
+    values = np.asarray(values, float)
+    if values.size == 0:
+        return math.nan, math.nan
+    n = values.size if axis is None else values.shape[axis]
+    if n == 1:
+        return values.mean(axis), np.full_like(values.mean(axis), math.nan)[()]
+    return values.mean(axis), values.std(axis, ddof=1) / math.sqrt(n)
+
+
+# --- Figures -----------------------------------------------------------------------------------
+
+def percent(row):
+    """A `Study.point` of an error in percent."""
+    return row["test_ensemble_error"] * 100, row["standard_error"] * 100
+
+
+def lambda_axis(ax, lambdas):
+    """Spreads 0.9 ... 1 apart: lambda is drawn at -log10(1.01 - lambda)."""
+    ax.set_xscale("function", functions=(lambda x: -np.log10(np.clip(1.01 - x, 1e-3, None)),
+                                         lambda y: 1.01 - 10.0 ** -y))
+    ax.set_xticks(lambdas, [f"{x:g}" for x in lambdas])
+    ax.set_xticks([], minor=True)
+    ax.set_xlim(-0.12, 1.0012)
+    ax.set_xlabel("$\\lambda$  (0: independent, 1: end-to-end; not to scale)")
+
+
+def single_network(ax, study, rows):
+    """The 1x1024H network, as a dashed line with a band of one standard error."""
+    row = study.point("1x1024H", "joint-1")
+    rows.append(row)
+    mean, error = percent(row)
+    if row["n"]:
+        ax.axhline(mean, color=GREY, linestyle=(0, (5, 2)), label=f"1x1024H, one network ({mean:.1f} %)")
+        if row["n"] > 1:
+            ax.axhspan(mean - error, mean + error, color=GREY, alpha=0.2, linewidth=0)
+
+
+def fig2(study):
+    """Fig. 2: one large network against the 256x4H ensemble, trained in five ways."""
+    fig, ax = plt.subplots()
+    methods = {"bagging": "Bagging", "stacking": "Stacking", "joint-0": "Independent\n($\\lambda$ = 0)",
+               "joint-1": "End-to-end\n($\\lambda$ = 1)", "joint-0.95": "Joint\n($\\lambda$ = 0.95)"}
+    rows = [study.point("256x4H", method) for method in methods]
+    colours = [GREY, GREY, BLUE, ORANGE, GREEN]
+    printed = PUBLISHED["fig2"]["test_error"]
+    for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        row["published"] = printed["256x4H"].get(row["method"], "")
+        mean, error = percent(row)
+        if row["n"]:
+            ax.bar(x, mean, 0.62, color=colour, alpha=0.85,
+                   yerr=error if row["n"] > 1 else None, capsize=3)
+            ax.annotate(f"{mean:.1f}", (x, 0), (0, 4), textcoords="offset points", ha="center",
+                        color="white", fontweight="bold")
+        else:
+            ax.annotate("not run", (x, 0), (0, 4), textcoords="offset points", ha="center")
+    single_network(ax, study, rows)
+    rows[-1]["published"] = printed["1x1024H"]["joint-1"]
+    if study.real():
+        marked = [(x, row["published"]) for x, row in enumerate(rows[:-1]) if row["published"]]
+        ax.plot(*zip(*marked, strict=True), **PAPER, label="printed in the paper")
+        ax.axhline(rows[-1]["published"], color="black", linewidth=0.8, linestyle=":",
+                   label=f"printed in the paper, 1x1024H ({rows[-1]['published']} %)")
+    ax.set_xticks(range(len(methods)), methods.values())
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.28)
+    ax.set_ylabel("test error (%)")
+    ax.set_title("256x4H ensembles and one large network", fontsize=9)
+    ax.legend(loc="upper center", ncols=1, frameon=False)
+    ax.grid(axis="x", visible=False)
+    return fig, rows
+
+
+def fig3(study):
+    """Fig. 3: test error against lambda, four ways to spend 815,000 parameters."""
+    fig, ax = plt.subplots()
+    rows, printed, every = [], PUBLISHED["fig2"]["test_error"]["256x4H"], set()
+    for configuration, style in zip(("256x4H", "64x16H", "16x64H"), STYLES, strict=True):
+        lambdas = study.lambdas(configuration)
+        every |= set(lambdas)
+        points = [study.point(configuration, f"joint-{lam:g}") for lam in lambdas]
+        rows += points
+        drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
+        if drawn:
+            x, mean, error = zip(*drawn, strict=True)
+            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=5,
+                        label=f"{configuration}")
+    single_network(ax, study, rows)
+    for row in rows:
+        row["published"] = printed.get(row["method"], "") if row["configuration"] == "256x4H" else ""
+    rows[-1]["published"] = PUBLISHED["fig2"]["test_error"]["1x1024H"]["joint-1"]
+    if study.real():
+        ax.plot([float(method.split("-")[1]) for method in printed], printed.values(), **PAPER,
+                label="256x4H, printed in the paper")
+    lambda_axis(ax, sorted(every))
+    ax.set_ylabel("test error (%)")
+    ax.legend(frameon=False)
+    return fig, rows
+
+
+def robustness_figure(study, configuration):
+    fig, ax = plt.subplots()
+    rows = []
+    for method, style in zip(("joint-0", "joint-0.99", "joint-1"), STYLES, strict=True):
+        curves = study.curves(configuration, method)
+        if not curves:
+            continue
+        x = curves[0][0]
+        mean, error = mean_and_error([100 * errors for _, errors in curves], 0)
+        lam = float(method.split("-")[1])
+        ax.plot(x, mean, **style, markevery=max(1, len(x) // 12), markersize=4,
+                label=f"$\\lambda$ = {lam:g}")
+        ax.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+        share = x if study.drop == "probability" else x / (x[-1] + 1)
+        rows += [{"configuration": configuration, "method": method, "n": len(curves),
+                  "dropped": at, "dropped_percent": 100 * part, "test_error_percent": m,
+                  "standard_error": e} for at, part, m, e in zip(x, share, mean, error, strict=True)]
+    ax.set_ylabel("test error (%)")
+    if study.drop == "probability":
+        ax.set_xlabel("probability that a member is dropped")
+    elif rows:
+        members = 1 + max(row["dropped"] for row in rows)
+        ax.set_xlabel(f"members dropped of {members}, " + (
+            "at random for every test example" if study.drop == "example" else "the same at random "
+            "for all test examples"))
+        top = ax.secondary_xaxis("top", functions=(lambda x: 100 * x / members,
+                                                   lambda x: x * members / 100))
+        top.set_xlabel("members dropped (%)")
+    ax.set_title(configuration, fontsize=9)
+    ax.legend(frameon=False, loc="upper left")
+    return fig, rows
+
+
+def fig7(study):
+    """Fig. 7: test error of 256x4H against the number of members dropped."""
+    return robustness_figure(study, "256x4H")
+
+
+def fig8(study):
+    """Fig. 8: test error of 64x16H against the number of members dropped."""
+    return robustness_figure(study, "64x16H")
+
+
+def fig9(study):
+    """Fig. 9: ensemble and mean member test loss of 64x16H against lambda."""
+    fig, ax = plt.subplots()
+    rows, lambdas = [], study.lambdas("64x16H")
+    for key, label, style in (("test_mean_member_loss", "mean of the members", STYLES[1]),
+                              ("test_ensemble_loss", "ensemble", STYLES[0])):
+        points = [study.point("64x16H", f"joint-{lam:g}", key) for lam in lambdas]
+        rows += [{"loss": key, **{("mean" if k == key else k): v for k, v in row.items()}}
+                 for row in points]
+        drawn = [(lam, row[key], row["standard_error"])
+                 for lam, row in zip(lambdas, points, strict=True) if row["n"]]
+        if drawn:
+            x, mean, error = zip(*drawn, strict=True)
+            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=5, label=label)
+    lambda_axis(ax, lambdas)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("test cross entropy (nats)")
+    ax.set_title("64x16H", fontsize=9)
+    ax.legend(frameon=False)
+    return fig, rows
+
+
+FIGURES = {"fig2": fig2, "fig3": fig3, "fig7": fig7, "fig8": fig8, "fig9": fig9}
+
+# --- main --------------------------------------------------------------------------------------
+
+
+def save(fig, rows, study, path):
+    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot."""
+    diverged = sum(row.get("diverged", 0) for row in rows)
+    note = f" · {diverged} diverged runs left out, see the CSV" if diverged else ""
+    fig.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))
+    fig.text(0.01, 0.012, study.provenance() + note, fontsize=5.5, color=GREY)
+    table = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(table, [*columns, "provenance"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "provenance": study.provenance().replace("\n", " · ")} for row in rows)
+    common.write(path.with_suffix(".csv"), lambda file: file.write(table.getvalue().encode()))
+    common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
+    common.write(path.with_suffix(".pdf"), lambda file: fig.savefig(
+        file, format="pdf", metadata={"CreationDate": None}))
+    plt.close(fig)
+
+
+def main():
+    p = common.Parser(description=__doc__, formatter_class=common.argparse.RawDescriptionHelpFormatter)
+    p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(FIGURES)}")
+    p.add_argument("--preset", help="the preset whose runs to draw (default: the driver's rule)")
+    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+                   help="where run folders are (default: results)")
+    p.add_argument("--figures-dir", type=Path, default=Path("figures"), metavar="DIR",
+                   help="where the figures go (default: figures)")
+    p.add_argument("--drop", default="example", metavar="HOW",
+                   help="draw Figs 7 and 8 from robustness.py --drop HOW (default: example)")
+    args = p.parse_args()
+    name = common.choose_preset(args.preset)
+    wanted = [common.nearest(figure, FIGURES, "figure") for figure in args.figures or FIGURES]
+    common.nearest(args.drop, common.DROPS, "value of --drop")
+    common.load_preset(name)
+    folder, undrawn = args.figures_dir / name, 0
+    for figure in wanted:
+        study = Study(args.results, name, args.drop)
+        fig, rows = FIGURES[figure](study)
+        drawn = bool(study.used)
+        if drawn:
+            common.make_writable(folder)
+            suffix = f"-{args.drop}" if figure in ("fig7", "fig8") and args.drop != "example" else ""
+            save(fig, rows, study, folder / f"{figure}{suffix}")
+            print(f"{figure}: {folder / figure}{suffix}.pdf, .png, .csv")
+        undrawn += not drawn
+        if study.missing:
+            print(f"{figure}: {'incomplete' if drawn else 'NOT DRAWN'}, {len(study.missing)} runs are "
+                  f"missing, the first {' '.join(map(str, study.missing[0][1:3]))} trial "
+                  f"{study.missing[0][3]}; to make them:")
+            for command in study.commands():
+                print(f"    {command}")
+    sys.exit(1 if undrawn else 0)
+
+
+if __name__ == "__main__":
+    common.command_line(main)

@@ -1,0 +1,131 @@
+"""Robustness to dropped members (Sec. 5): the test error of what is left of a trained ensemble.
+
+A random subset of the members answers for every test example, 20 times over. The claim: at lambda
+0.99 the 256x4H ensemble is as accurate as end-to-end training (lambda 1) and keeps that with more
+than half of its members dropped, where the end-to-end ensemble falls apart.
+
+    python robustness.py                       # every run whose weights were kept
+    python make_figures.py fig7 fig8
+
+Reads run folders, trains nothing. One random order of the members per example gives every number of
+survivors at once: the logits summed along the order are those of its first 1, 2, ... M members.
+"""
+
+import hashlib
+import time
+
+import common
+
+import numpy as np
+import torch
+
+# --- What is dropped ---------------------------------------------------------------------------
+
+PROBABILITIES = np.linspace(0, 0.95, 20)
+
+
+def wrong_by_survivors(member_logits, targets, order):
+    """(M, N) bool: row s - 1 tells which examples the first s members of their order get wrong.
+
+    member_logits (M, K, N), targets (N,), order (M, N): each column a permutation of the members.
+    """
+    wrong = []
+    for rows in torch.arange(len(targets), device=targets.device).split(500):   # stays in the cache
+        index = order[:, rows].unsqueeze(1).expand(-1, member_logits.shape[1], -1)
+        sums = member_logits[:, :, rows].gather(0, index).cumsum_(0)   # same argmax as the mean
+        wrong.append(sums.max(1).indices != targets[rows])
+    return torch.cat(wrong, 1)
+
+
+def repeat(member_logits, targets, drop, generator):
+    """The test error of one repeat, by number of members dropped 0 ... M-1, or by PROBABILITIES."""
+    members, _, n = member_logits.shape
+    if drop == "set":
+        order = torch.randperm(members, generator=generator)[:, None].expand(-1, n)
+    else:
+        order = torch.rand(members, n, generator=generator).argsort(0)
+    wrong = wrong_by_survivors(member_logits, targets, order.to(targets.device))
+    if drop != "probability":
+        return wrong.double().mean(1).flip(0)
+    keep = torch.from_numpy(1 - PROBABILITIES).float()[:, None].expand(-1, n)
+    left = torch.binomial(torch.full_like(keep, members), keep, generator).long().clamp_(min=1)
+    return wrong.gather(0, left.to(wrong.device) - 1).double().mean(1)
+
+
+# --- The runs ----------------------------------------------------------------------------------
+
+def trained_runs(preset, args):
+    """(run.json, folder) of the finished joint runs of a preset whose weights were kept."""
+    for path in sorted((args.results / preset).glob("*/*/joint-*/trial*/weights.pt")):
+        record = common.read_run(path.parent)
+        if (record and (not args.only or record["configuration"] in args.only)
+                and (not args.lambdas or record["lambda"] in args.lambdas)
+                and (not args.trials or record["trial"] < args.trials)):
+            yield record, path.parent
+
+
+def robustness_run(record, folder, drop, repeats, seed):
+    """The run that measures a trained one; the trained weights are one of its settings."""
+    settings = {"drop": drop, "repeats": repeats, "seed": seed, "trained": record["settings"],
+                "weights": hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()}
+    return common.Run(record["preset"], f"robustness-{drop}", record["configuration"],
+                      record["method"], record["lambda"], record["trial"], settings, weights=False)
+
+
+def measure(run, record, folder, data, results):
+    """Measures one trained run on its test images and writes the curve as a run folder."""
+    began, drop = time.perf_counter(), run.settings["drop"]
+    experiment = common.experiment_of(record["experiment"])
+    ensemble = experiment.build(record["settings"], data.shape, data.classes, torch.Generator())
+    ensemble.load_state_dict(common.load_weights(folder, data.device))
+    logits = common.predict(ensemble.to(data.device), data, data.test_images)
+    logits = logits.permute(1, 2, 0).contiguous()                                   # (M, K, N)
+    generator = run.generator("drop")
+    errors = torch.stack([repeat(logits, data.test_labels, drop, generator)
+                          for _ in range(run.settings["repeats"])]).cpu().numpy()
+    at = {"probability": PROBABILITIES} if drop == "probability" else {
+        "dropped": np.arange(len(logits))}
+    common.write_run(run, results, data, began, at | {"error": errors}, {}, ensemble)
+    return errors.mean(0)
+
+
+# --- main --------------------------------------------------------------------------------------
+
+def main():
+    p = common.parser(__doc__)
+    p.add_argument("--drop", default="example", metavar="HOW", help="; ".join(
+        f"{name}: {text}" for name, text in common.DROPS.items()) + " (default: example)")
+    args = p.parse_args()
+    common.nearest(args.drop, common.DROPS, "value of --drop")
+    preset = common.choose_preset(args.preset)
+    repeats = common.load_preset(preset)["robustness"]["repeats"]
+    trained = list(trained_runs(preset, args))
+    if not trained:
+        raise common.Refused(f"{args.results / preset} holds no trained weights of that selection: "
+                             f"make them with `python train_mlp_fmnist.py --preset {preset}`")
+    runs = [robustness_run(record, folder, args.drop, repeats, args.seed)
+            for record, folder in trained]
+    done = [common.finished(run, args.results) for run in runs]
+    print(f"robustness: {len(runs)} trained runs, {sum(done)} measured before", flush=True)
+    if args.dry_run:
+        for run, is_done in zip(runs, done, strict=True):
+            print(f"  {run.label}: {'finished' if is_done else 'to do'}")
+        return
+    common.make_writable(args.results)
+    device, data, loaded = common.choose_device(args.device), None, None
+    for i, (run, (record, folder)) in enumerate(zip(runs, trained, strict=True)):
+        if done[i]:
+            continue
+        s = record["settings"]
+        wanted = (record["experiment"], s["data"], s["train"], s["validation"], s["test"])
+        if wanted != loaded:
+            name = common.experiment_of(record["experiment"]).dataset
+            data = common.load_data(name, s["data"]["source"], s, args.data_dir).to(device)
+            loaded = wanted
+        error = 100 * measure(run, record, folder, data, args.results)
+        print(f"[{i + 1}/{len(runs)}] {run.label}: test error {error[0]:.2f} % with all members, "
+              f"{error[len(error) // 2]:.2f} % with about half of them", flush=True)
+
+
+if __name__ == "__main__":
+    common.command_line(main)
