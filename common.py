@@ -537,11 +537,12 @@ def multiplicities(draws):
 def joint_loss(member_logits, targets, lam):
     """Eq. 4: lambda CE(softmax of the mean logits) + (1 - lambda) mean of the members' CE.
 
-    member_logits (N, M, K), targets (N,). Training uses `fused_joint_loss`, which equals it.
+    member_logits (N, M, K), targets (N,), or probabilities (N, K). Training uses
+    `fused_joint_loss`, which equals it.
     """
     ensemble = F.cross_entropy(member_logits.mean(1), targets)
     members = F.cross_entropy(member_logits.flatten(0, 1),
-                              targets.repeat_interleave(member_logits.shape[1]))
+                              targets.repeat_interleave(member_logits.shape[1], 0))
     return lam * ensemble + (1 - lam) * members
 
 
@@ -1010,6 +1011,12 @@ class Progress:
 # --- The command line --------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    """argparse, with the docstring as it stands and a refusal in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message):
         raise Refused(f"{message}; see --help")
 
@@ -1033,7 +1040,7 @@ seed_number = _number(int, _is(int, 0, 2**63 - 1), "a whole number of at least 0
 
 def parser(description):
     """The flags that training and robustness.py share, with one meaning."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description)
     p.add_argument("--preset", help="a size of the study, from presets.yaml: paper, short, quick "
                    "or smoke; without it, short where CUDA can be used, else quick")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these configurations only")

@@ -3,8 +3,8 @@
     python make_figures.py                   # every figure that the runs at hand allow
     python make_figures.py fig3 fig7         # these
 
-Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and says
-at its foot what it was made from. Errors are means over trials; bars and bands are standard errors
+Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and
+says at its foot what it was made from. Errors are means over trials; bars and bands are standard errors
 (ddof 1). Where runs are missing it says which, and the command that makes them.
 """
 
@@ -110,19 +110,18 @@ class Study:
     def commands(self):
         """What makes the missing runs."""
         def flags(runs):
+            names = dict.fromkeys(configuration for _, configuration, _, _ in runs)
             lambdas = sorted({float(m.split("-")[1]) for _, _, m, _ in runs if "-" in m})
-            methods = sorted({m.split("-")[0] for _, _, m, _ in runs}, reverse=True)
-            return (f"--preset {self.name} --only {' '.join(dict.fromkeys(c for _, c, _, _ in runs))}"
-                    + (f" --lambdas {' '.join(f'{x:g}' for x in lambdas)}" if lambdas else ""), methods)
+            return f"--preset {self.name} --only {' '.join(names)}" + (
+                f" --lambdas {' '.join(f'{lam:g}' for lam in lambdas)}" if lambdas else "")
 
         trained = [run for run in self.missing if run[0] == "mlp_fmnist"]
         dropped = [run for run in self.missing if run[0] != "mlp_fmnist"]
         if trained:
-            selection, methods = flags(trained)
-            yield f"python train_mlp_fmnist.py {selection} --methods {' '.join(methods)}"
+            methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in trained)
+            yield f"python train_mlp_fmnist.py {flags(trained)} --methods {' '.join(methods)}"
         if dropped:
-            selection, _ = flags(dropped)
-            yield f"python robustness.py {selection}" + (
+            yield f"python robustness.py {flags(dropped)}" + (
                 "" if self.drop == "example" else f" --drop {self.drop}")
 
 
@@ -151,7 +150,7 @@ def lambda_axis(ax, lambdas):
     ax.set_xticks(lambdas, [f"{x:g}" for x in lambdas])
     ax.set_xticks([], minor=True)
     ax.set_xlim(-0.12, 1.0012)
-    ax.set_xlabel("$\\lambda$  (0: independent, 1: end-to-end; not to scale)")
+    ax.set_xlabel("λ  (0: independent, 1: end-to-end; not to scale)")
 
 
 def single_network(ax, study, rows):
@@ -160,7 +159,8 @@ def single_network(ax, study, rows):
     rows.append(row)
     mean, error = percent(row)
     if row["n"]:
-        ax.axhline(mean, color=GREY, linestyle=(0, (5, 2)), label=f"1x1024H, one network ({mean:.1f} %)")
+        ax.axhline(mean, color=GREY, linestyle=(0, (5, 2)),
+                   label=f"1x1024H, one network ({mean:.1f} %)")
         if row["n"] > 1:
             ax.axhspan(mean - error, mean + error, color=GREY, alpha=0.2, linewidth=0)
 
@@ -168,8 +168,8 @@ def single_network(ax, study, rows):
 def fig2(study):
     """Fig. 2: one large network against the 256x4H ensemble, trained in five ways."""
     fig, ax = plt.subplots()
-    methods = {"bagging": "Bagging", "stacking": "Stacking", "joint-0": "Independent\n($\\lambda$ = 0)",
-               "joint-1": "End-to-end\n($\\lambda$ = 1)", "joint-0.95": "Joint\n($\\lambda$ = 0.95)"}
+    methods = {"bagging": "Bagging", "stacking": "Stacking", "joint-0": "Independent\nλ = 0",
+               "joint-1": "End-to-end\nλ = 1", "joint-0.95": "Joint\nλ = 0.95"}
     rows = [study.point("256x4H", method) for method in methods]
     colours = [GREY, GREY, BLUE, ORANGE, GREEN]
     printed = PUBLISHED["fig2"]["test_error"]
@@ -215,7 +215,8 @@ def fig3(study):
                         label=f"{configuration}")
     single_network(ax, study, rows)
     for row in rows:
-        row["published"] = printed.get(row["method"], "") if row["configuration"] == "256x4H" else ""
+        own = row["configuration"] == "256x4H"
+        row["published"] = printed.get(row["method"], "") if own else ""
     rows[-1]["published"] = PUBLISHED["fig2"]["test_error"]["1x1024H"]["joint-1"]
     if study.real():
         ax.plot([float(method.split("-")[1]) for method in printed], printed.values(), **PAPER,
@@ -237,12 +238,13 @@ def robustness_figure(study, configuration):
         mean, error = mean_and_error([100 * errors for _, errors in curves], 0)
         lam = float(method.split("-")[1])
         ax.plot(x, mean, **style, markevery=max(1, len(x) // 12), markersize=4,
-                label=f"$\\lambda$ = {lam:g}")
+                label=f"λ = {lam:g}")
         ax.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
         share = x if study.drop == "probability" else x / (x[-1] + 1)
         rows += [{"configuration": configuration, "method": method, "n": len(curves),
                   "dropped": at, "dropped_percent": 100 * part, "test_error_percent": m,
-                  "standard_error": e} for at, part, m, e in zip(x, share, mean, error, strict=True)]
+                  "standard_error": e}
+                 for at, part, m, e in zip(x, share, mean, error, strict=True)]
     ax.set_ylabel("test error (%)")
     if study.drop == "probability":
         ax.set_xlabel("probability that a member is dropped")
@@ -282,7 +284,8 @@ def fig9(study):
                  for lam, row in zip(lambdas, points, strict=True) if row["n"]]
         if drawn:
             x, mean, error = zip(*drawn, strict=True)
-            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=5, label=label)
+            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=5,
+                        label=label)
     lambda_axis(ax, lambdas)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("test cross entropy (nats)")
@@ -315,7 +318,7 @@ def save(fig, rows, study, path):
 
 
 def main():
-    p = common.Parser(description=__doc__, formatter_class=common.argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(__doc__)
     p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(FIGURES)}")
     p.add_argument("--preset", help="the preset whose runs to draw (default: the driver's rule)")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
@@ -336,14 +339,15 @@ def main():
         drawn = bool(study.used)
         if drawn:
             common.make_writable(folder)
-            suffix = f"-{args.drop}" if figure in ("fig7", "fig8") and args.drop != "example" else ""
-            save(fig, rows, study, folder / f"{figure}{suffix}")
-            print(f"{figure}: {folder / figure}{suffix}.pdf, .png, .csv")
+            other = figure in ("fig7", "fig8") and args.drop != "example"
+            path = folder / (f"{figure}-{args.drop}" if other else figure)
+            save(fig, rows, study, path)
+            print(f"{figure}: {path}.pdf, .png, .csv")
         undrawn += not drawn
         if study.missing:
-            print(f"{figure}: {'incomplete' if drawn else 'NOT DRAWN'}, {len(study.missing)} runs are "
-                  f"missing, the first {' '.join(map(str, study.missing[0][1:3]))} trial "
-                  f"{study.missing[0][3]}; to make them:")
+            _, configuration, method, trial = study.missing[0]
+            print(f"{figure}: {'incomplete' if drawn else 'NOT DRAWN'}, {len(study.missing)} runs "
+                  f"are missing, the first {configuration} {method} trial {trial}; to make them:")
             for command in study.commands():
                 print(f"    {command}")
     sys.exit(1 if undrawn else 0)

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Regenerates the paper's figures, or runs the tests. It needs Python 3.11 or newer and pip.
+#
+#   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, say what was made
+#   bash run_all.sh test                                    the tests
+#
+# Options, with the same meaning as in the scripts: --data real|auto|synthetic, --data-dir DIR,
+# --results DIR, --figures-dir DIR, --device auto|cpu|cuda, --seed N.
+from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
+
+refuse() { echo "error: $*" >&2; exit 2; }
+
+# --- What is asked for -------------------------------------------------------------------------
+
+what="" train=() drop=() draw=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h|--help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    -*)
+      [ $# -ge 2 ] || refuse "$1: a value was expected after it"
+      value=$2
+      case $1 in --results|--figures-dir|--data-dir) [[ $value == /* ]] || value=$from/$value ;; esac
+      case $1 in
+        --results) train+=("$1" "$value"); drop+=("$1" "$value"); draw+=("$1" "$value") ;;
+        --figures-dir) draw+=("$1" "$value") ;;
+        --data) train+=("$1" "$value") ;;
+        --data-dir|--device|--seed) train+=("$1" "$value"); drop+=("$1" "$value") ;;
+        *) refuse "unknown option $1; see bash run_all.sh --help" ;;
+      esac
+      shift 2 ;;
+    *) [ -z "$what" ] || refuse "$what and $1: one preset at a time"
+      what=$1; shift ;;
+  esac
+done
+case $what in
+  ""|paper|short|quick|smoke|test) ;;
+  *) refuse "unknown preset '$what': expected paper, short, quick, smoke, or test" ;;
+esac
+
+# --- A Python with the packages ----------------------------------------------------------------
+
+# The active Python is used if it has the five packages in versions that this package was tested
+# with, torch and torchvision importable as a pair; else a .venv with the exact pins is made, once.
+requirements=requirements.txt tools=""
+[ "$what" = test ] && requirements=tests/requirements.txt tools="pytest ruff"
+
+fits() {
+  "$1" - $tools 2>/dev/null <<'EOF'
+import importlib.util, sys
+tested = {"torch": "2.11.", "torchvision": "0.26.", "numpy": "2.", "matplotlib": "3.", "yaml": "6."}
+ok = all(importlib.import_module(name).__version__.startswith(version)
+         for name, version in tested.items())
+ok = ok and all(importlib.util.find_spec(name) for name in sys.argv[1:])
+sys.exit(not (ok and sys.version_info >= (3, 11)))
+EOF
+}
+
+python=""
+for candidate in python3 python python3.13 python3.12 python3.11; do
+  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+  python=$candidate
+  break
+done
+[ -n "$python" ] || refuse "no Python 3.11 or newer was found (the python3 here is \
+$(python3 --version 2>&1)): install one, from python.org or your system"
+if fits "$python"; then
+  why="the active Python has the packages"
+else
+  venv=$PWD/.venv/bin/python
+  stamp=.venv/${requirements//\//-}
+  if ! cmp -s "$requirements" "$stamp"; then
+    echo "setting up .venv with $requirements (about a minute online, 5 GB): the active Python \
+($("$python" --version 2>&1)) has not all packages in tested versions"
+    "$python" -m venv --without-pip .venv &&
+      "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check \
+        -r "$requirements" &&
+      cp "$requirements" "$stamp" ||
+      refuse "the packages of $requirements could not be installed into .venv: the lines above say \
+why; be online, or activate a Python that has them"
+  fi
+  python=$venv why=".venv has the packages"
+fi
+
+# --- The tests ---------------------------------------------------------------------------------
+
+if [ "$what" = test ]; then
+  "$python" -m ruff check --quiet . && exec "$python" -m pytest -q tests
+  exit 1
+fi
+
+# --- The study ---------------------------------------------------------------------------------
+
+gpu=$("$python" -c 'import common; print(common.choose_preset(None))') || exit 2
+if [ "$gpu" = quick ] && nvidia-smi -L >/dev/null 2>&1; then
+  echo "WARNING: this machine has a GPU that torch cannot use ($(nvidia-smi -L | head -n 1))."
+  echo "WARNING: the driver may be too old for torch $("$python" -c 'import torch; print(torch.__version__)'); training runs on the CPU."
+fi
+if [ -n "$what" ]; then
+  echo "preset $what, as asked"
+else
+  what=$gpu
+  [ "$gpu" = short ] && found="can use a CUDA GPU" || found="can use no CUDA GPU"
+  echo "preset $what, because torch $found here; others: bash run_all.sh paper|short|quick|smoke"
+fi
+echo "python $(command -v "$python"): $why"
+
+failed=()
+stage() {                       # stage NAME COMMAND...: a stage that fails does not stop the others
+  local name=$1 status; shift
+  echo; echo "== $name"
+  "$@"; status=$?
+  [ $status = 130 ] && exit 130
+  [ $status = 0 ] || failed+=("$name (exit status $status)")
+  return $status
+}
+
+# The data first, so that nothing is downloaded while training. Exit status 3: the stand-in is used.
+stage "data" "$python" train_mlp_fmnist.py --preset "$what" "${train[@]}" --fetch ||
+  { [ $? = 3 ] && failed=() train+=(--data synthetic); }
+
+plan() { "$python" train_mlp_fmnist.py --preset "$what" "${train[@]}" --dry-run | sed -n 1,2p
+         return "${PIPESTATUS[0]}"; }
+stage "plan" plan
+stage "MLPs on Fashion-MNIST" "$python" train_mlp_fmnist.py --preset "$what" "${train[@]}"
+stage "robustness" "$python" robustness.py --preset "$what" "${drop[@]}"
+stage "figures" "$python" make_figures.py --preset "$what" "${draw[@]}"
+
+echo
+if [ ${#failed[@]} = 0 ]; then
+  echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: every figure above was made"
+else
+  echo "NOT COMPLETE after $((SECONDS / 60)) min $((SECONDS % 60)) s; failed: $(IFS=,; echo "${failed[*]}")"
+  echo "finished runs are kept: the same command goes on with the others"
+  exit 1
+fi

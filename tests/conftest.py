@@ -1,0 +1,42 @@
+"""What the tests share. `bash run_all.sh test` runs them all."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist():
+    """Real Fashion-MNIST from disk. Where it must be there, in CI, its absence is a failure."""
+    for folder in (common.DEFAULT_DATA_DIR, common.DEBIAN_FASHION_MNIST):
+        if data := common.read_fashion_mnist(folder):
+            return data
+    message = "Fashion-MNIST is not on disk: apt-get install dataset-fashion-mnist"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """script(module, *arguments): runs its main in an empty folder -> (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            common.command_line(module.main)
+            status = 0
+        except SystemExit as leave:
+            status = leave.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+    return run
