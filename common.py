@@ -38,6 +38,7 @@ try:
     import torch
     import torchvision
     import yaml
+    from torch import nn
     from torch.nn import functional as F
 except (ImportError, RuntimeError, OSError) as error:
     # A torchvision beside another release's torch fails inside torch, with a RuntimeError.
@@ -612,6 +613,27 @@ def fused_joint_loss(member_logits, targets, lam, weights=None):
     member's bootstrap. Weights, and targets (N, M), are for lambda 0.
     """
     return _FusedJointLoss.apply(member_logits, targets, lam, weights)
+
+
+# --- Ensembles ---------------------------------------------------------------------------------
+
+class Ensemble(nn.Module):
+    """M networks of any kind: images (N, C, H, W), or (N, M, C, H, W) -> member logits (N, M, K).
+
+    make() builds one network, whose initial weights are drawn as PyTorch draws them, from the
+    generator's seed and not from the global state.
+    """
+
+    def __init__(self, make, members, generator):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            self.members = nn.ModuleList(make() for _ in range(members))
+
+    def forward(self, images):
+        shared = images.dim() == 4
+        return torch.stack([member(images if shared else images[:, m])
+                            for m, member in enumerate(self.members)], 1)
 
 
 # --- Scores ------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     python make_figures.py fig3 fig7         # these
 
 Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and
-says at its foot what it was made from. Errors are means over trials; bars and bands are standard errors
-(ddof 1). Where runs are missing it says which, and the command that makes them.
+says at its foot what it was made from. Errors are means over trials; bars and bands are standard
+errors (ddof 1). Where runs are missing it says which, and the command that makes them.
 """
 
 import csv

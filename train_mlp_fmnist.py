@@ -92,7 +92,7 @@ def print_tuned(runs, results):
                      if (name, at) == (configuration, lam)}
             best[lam] = min(tried, key=tried.get)
             if len(tried) > 1 and best[lam] in (min(tried), max(tried)):
-                print(f"{configuration}, lambda {lam:g}: {best[lam]:g} is the outermost rate tried: "
+                print(f"{configuration}, lambda {lam:g}: {best[lam]:g} is the outermost tried: "
                       "widen `tune` in presets.yaml")
         print(f"{configuration}: lr: {{{', '.join(f'{k:g}: {v:g}' for k, v in best.items())}}}")
 

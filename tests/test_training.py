@@ -167,7 +167,7 @@ def test_weighing_by_multiplicity_is_the_bootstraps_own_gradient(data):
 
 @pytest.mark.parametrize("bagging", ["weights", "resample"])
 def test_bagging_gives_each_member_its_own_bootstrap(data, bagging):
-    """A member of a bagged ensemble equals the stock network trained on its bootstrap, by batches."""
+    """A member of a bagged ensemble equals the stock network trained on its own bootstrap."""
     run = a_run("bagging", bagging=bagging, epochs=1)
     start, _ = common.new_ensemble(EXPERIMENT, run, data)
     networks = stock_networks(start)

@@ -1,0 +1,218 @@
+"""Bad input gets one line that names the value and the fix, exit status 2, and writes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import make_figures
+import robustness
+import train_mlp_fmnist
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(common.__file__).parent
+SMALL = ("--preset", "smoke", "--only", "16x64H", "--trials", 1, "--epochs", 1)
+
+
+def refused(outcome, *words):
+    status, _, err = outcome
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err, (word, err)
+    assert list(Path().iterdir()) == [], "something was written"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--preset", "quik"], ["'quik'", "did you mean quick?"]),
+    (["--only", "256x4"], ["'256x4'", "did you mean 256x4H?"]),
+    (["--methods", "baging"], ["'baging'", "did you mean bagging?"]),
+    (["--lambdas", "1.5"], ["'1.5'", "[0, 1]"]),
+    (["--lambdas", "-0.1"], ["-0.1", "lambdas"]),
+    (["--lambdas", "nan"], ["'nan'", "[0, 1]"]),
+    (["--lambdas", "half"], ["'half'", "[0, 1]"]),
+    (["--epochs", "0"], ["'0'", "at least 1"]),
+    (["--epochs", "-3"], ["-3", "epochs"]),
+    (["--epochs", "2.5"], ["'2.5'", "whole number"]),
+    (["--trials", "0"], ["'0'", "at least 1"]),
+    (["--seed", "-1"], ["-1", "seed"]),
+    (["--data", "reel"], ["'reel'", "did you mean real?"]),
+    (["--device", "gpu"], ["'gpu'", "auto, cpu, cuda"]),
+    (["--set", "batch=0"], ["batch=0", "at least 1"]),
+    (["--set", "batch=-5"], ["batch=-5", "at least 1"]),
+    (["--set", "batch=1000000"], ["batch 1000000", "training split", "lower batch"]),
+    (["--set", "batch"], ["--set batch", "at least 1"]),
+    (["--set", "bacth=7"], ["'bacth'", "did you mean batch?"]),
+    (["--set", "momentum=.nan"], ["momentum=.nan", "[0, 1)"]),
+    (["--set", "penalties=[1, -1]"], ["penalties", "numbers above 0"]),
+    (["--set", "bagging=[", "lambdas=[0, 2]"], ["bagging=[", "weights, resample"]),
+    (["--set", "train=70000", "--data", "real"], ["70000"]),
+    (["--set", "test=70000", "train=100", "--data", "real"], ["70000"]),
+    (["--only", "1x1024H", "--methods", "bagging"], ["no run is left", "1x1024H"]),
+    (["--unknown"], ["--unknown", "--help"]),
+    (["--data", "real", "--data-dir", "nowhere"], ["nowhere", "not a folder", "Fashion-MNIST"]),
+])
+def test_bad_arguments(script, fashion_mnist, arguments, words):
+    preset = [] if "--preset" in arguments else ["--preset", "smoke"]
+    refused(script(train_mlp_fmnist, *preset, *arguments), *words)
+
+
+def test_an_empty_data_folder(script, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    refused(script(train_mlp_fmnist, *SMALL, "--data", "real", "--data-dir", empty), str(empty),
+            "holds nothing of it", "apt-get install")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(script):
+    refused(script(train_mlp_fmnist, *SMALL, "--device", "cuda"), "--device cuda", "--device cpu")
+
+
+@pytest.mark.parametrize("module, arguments, words", [
+    (make_figures, ["fig33"], ["'fig33'", "did you mean fig3?"]),
+    (make_figures, ["--preset", "papr"], ["'papr'", "did you mean paper?"]),
+    (make_figures, ["--drop", "al"], ["'al'", "example, set, probability"]),
+    (robustness, ["--drop", "exmple"], ["'exmple'", "did you mean example?"]),
+    (robustness, ["--preset", "smoke"], ["no trained weights", "python train_mlp_fmnist.py"]),
+])
+def test_bad_arguments_of_the_other_scripts(script, module, arguments, words):
+    refused(script(module, *arguments), *words)
+
+
+def tiny(presets):
+    return presets["paper"]["mlp_fmnist"]["configurations"]["256x4H"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda p: p["quick"]["mlp_fmnist"].update(epoch=3), ["'epoch'", "did you mean epochs?"]),
+    (lambda p: p["quick"].update(mlp={}), ["'mlp'", "did you mean mlp_fmnist?"]),
+    (lambda p: p["paper"]["mlp_fmnist"].update(lerning=1), ["'lerning'"]),
+    (lambda p: p["paper"]["mlp_fmnist"].pop("batch"), ["batch is missing"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(epochs="ten"), ["epochs", "'ten'", "whole number"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(epochs=True), ["epochs", "True"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(momentum=float("nan")), ["momentum", "nan"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[0, 7]), ["lambdas", "[0, 1]"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[]), ["lambdas", "[]"]),
+    (lambda p: p["quick"].update(data="fake"), ["'fake'", "real, auto, synthetic"]),
+    (lambda p: p["quick"].update(mlp_fmnist=None), ["mlp_fmnist is None", "a block"]),
+    (lambda p: p.update(quick=3), ["quick is 3", "a block"]),
+    (lambda p: p.pop("paper"), ["expected a block `paper`"]),
+    (lambda p: p["quick"].update(robustness={"repeats": 0}), ["repeats", "at least 1"]),
+    (lambda p: tiny(p).update(lr={0.5: 1}), ["256x4H.lr", "per range of lambda"]),
+    (lambda p: tiny(p).update(lr=5), ["256x4H.lr", "5 is not"]),
+    (lambda p: tiny(p).update(members=0), ["256x4H.members", "0 is not"]),
+])
+def test_bad_presets(script, monkeypatch, tmp_path_factory, change, words):
+    presets = yaml.safe_load((ROOT / "presets.yaml").read_text())
+    change(presets)
+    path = tmp_path_factory.mktemp("presets") / "presets.yaml"
+    path.write_text(yaml.safe_dump(presets))
+    real = common.load_preset
+    monkeypatch.setattr(common, "load_preset", lambda name: real(name, path))
+    refused(script(train_mlp_fmnist, "--preset", "quick"), *words)
+
+
+@pytest.mark.parametrize("text", ["paper: [", "", "- 1", "!!python/object/apply:os.getcwd []"])
+def test_a_presets_file_that_is_none(tmp_path, text):
+    path = tmp_path / "presets.yaml"
+    path.write_text(text)
+    with pytest.raises(common.Refused, match=r"presets.yaml"):
+        common.load_preset("quick", path)
+
+
+def test_results_from_other_settings(script):
+    assert script(train_mlp_fmnist, *SMALL, "--lambdas", 0)[0] == 0
+    before = sorted(Path().rglob("*"))
+    for other, words in ((["--epochs", 2], ["epochs is 1 there and 2 now"]),
+                         (["--seed", 5], ["seed is 0 there and 5 now"])):
+        status, _, err = script(train_mlp_fmnist, *SMALL, "--lambdas", 0, 0.5, *other)
+        assert status == 2 and err.count("\n") == 1 and "another --results" in err
+        for word in words:
+            assert word in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_record_that_is_not_whole(script):
+    assert script(train_mlp_fmnist, *SMALL, "--lambdas", 0)[0] == 0
+    (path,) = Path().rglob("run.json")
+    path.write_text(path.read_text()[:40])
+    status, _, err = script(train_mlp_fmnist, *SMALL, "--lambdas", 0)
+    assert status == 2 and str(path) in err and "remove the folder" in err
+
+
+def test_a_results_folder_that_cannot_be_written(script, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for place in (blocked, blocked / "results"):
+        status, _, err = script(train_mlp_fmnist, *SMALL, "--results", place)
+        assert status == 2 and err.count("\n") == 1 and str(place) in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def in_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environment)
+
+
+def test_python_too_old():
+    done = in_python("import sys; sys.version_info = (3, 9, 1); sys.version = '3.9.1'\n"
+                     "import common")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "3.9.1" in done.stderr and "3.11" in done.stderr
+
+
+def test_torch_and_torchvision_of_other_releases(tmp_path):
+    (tmp_path / "torchvision.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')")
+    done = in_python("import common", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "not of one release pair" in done.stderr and "requirements.txt" in done.stderr
+
+
+def test_a_package_that_is_missing(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise ImportError(\"No module named 'yaml'\")")
+    done = in_python("import train_mlp_fmnist", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'yaml'" in done.stderr
+
+
+@pytest.mark.parametrize("module", [train_mlp_fmnist, robustness, make_figures])
+def test_help(script, module):
+    status, out, _ = script(module, "--help")
+    assert status == 0 and module.__doc__.splitlines()[0] in out
+
+
+def test_a_dry_run_says_what_is_finished_and_writes_nothing(script):
+    select = ("--preset", "smoke", "--only", "16x64H", "--trials", 1, "--lambdas", 0, 1)
+    assert script(train_mlp_fmnist, *select[:-1])[0] == 0
+    before = sorted(Path().rglob("*"))
+    status, out, _ = script(train_mlp_fmnist, *select, "--dry-run")
+    assert status == 0 and "2 runs, 1 finished, 1 to do" in out
+    assert "16x64H lambda 0 trial 0: finished" in out and "16x64H lambda 1 trial 0: to do" in out
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_finished_run_is_not_trained_again(script):
+    assert script(train_mlp_fmnist, *SMALL, "--lambdas", 0)[0] == 0
+    (path,) = Path().rglob("run.json")
+    written = path.read_text()
+    status, out, _ = script(train_mlp_fmnist, *SMALL, "--lambdas", 0)
+    assert status == 0 and "1 finished, 0 to do" in out and path.read_text() == written
+
+
+def test_tuning_prints_rates_as_presets_take_them(script):
+    status, out, _ = script(train_mlp_fmnist, *SMALL, "--lambdas", 0, 1, "--tune")
+    assert status == 0, out
+    text = out.splitlines()[-1].removeprefix("16x64H: lr: ")
+    rates = yaml.safe_load(text)
+    assert set(rates) == {0, 1} and common.CONFIGURATION["lr"][0](rates)
+    tried = {}
+    for path in Path("results/smoke").glob("tune-lr*/**/run.json"):
+        record = json.loads(path.read_text())
+        tried.setdefault(record["lambda"], {})[record["settings"]["lr"]] = \
+            record["result"]["validation_error"]
+    assert len(tried[0]) == 4 and all(rates[x] == min(tried[x], key=tried[x].get) for x in tried)

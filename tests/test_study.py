@@ -1,0 +1,219 @@
+"""The whole smoke study through run_all.sh, as a user runs it, and what it leaves behind."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import make_figures
+import train_mlp_fmnist
+
+import numpy as np
+import pytest
+
+ROOT = Path(common.__file__).parent
+FIGURES = ("fig2", "fig3", "fig7", "fig8", "fig9")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A smoke study made by run_all.sh, called from another folder, with a space in its path."""
+    folder = tmp_path_factory.mktemp("smoke") / "my study"
+    folder.mkdir()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / "run_all.sh", "smoke", "--results", "results",
+                           "--figures-dir", "figures"], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"PATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
+
+
+def records(study, experiment="mlp_fmnist"):
+    for path in (study / "results" / "smoke" / experiment).rglob("run.json"):
+        yield json.loads(path.read_text()), path.parent
+
+
+def table(folder, figure):
+    with open(folder / "figures" / "smoke" / f"{figure}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_promised_file_is_there(study):
+    figures = study / "figures" / "smoke"
+    assert sorted(p.name for p in figures.iterdir()) == sorted(
+        f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png"))
+    assert all(p.stat().st_size > 500 for p in figures.iterdir())
+    block = common.load_preset("smoke")["mlp_fmnist"]
+    runs = common.list_runs("smoke", train_mlp_fmnist.EXPERIMENT, block,
+                            {"name": "synthetic stand-in", "source": "synthetic", "seed": 0})
+    assert len(runs) == 2 * (1 + 3 * 7 + 2)
+    for run in runs:
+        assert common.finished(run, study / "results")
+        kept = {p.name for p in (study / "results" / run.path).iterdir()}
+        assert kept == {"run.json", "history.npz"} | ({"weights.pt"} if run.weights else set())
+    assert sum(1 for _ in records(study, "robustness-example")) == 2 * 2 * 3
+    assert {p.name for p in study.iterdir()} == {"results", "figures", "output.txt"}
+
+
+def test_the_output_says_what_was_chosen_planned_and_made(study):
+    lines = (study / "output.txt").read_text()
+    assert lines.startswith("preset smoke, as asked\n") and "\r" not in lines
+    assert "48 runs, 0 finished, 48 to do: about" in lines and "MB" in lines
+    assert lines.rstrip().splitlines()[-1].startswith("done in ")
+    for figure in FIGURES:
+        assert f"{figure}.pdf, .png, .csv" in lines
+
+
+def test_a_run_says_all_that_decided_its_numbers(study):
+    for record, folder in records(study):
+        assert record["settings"]["data"]["source"] == "synthetic"
+        assert record["machine"].keys() >= {"device", "threads", "torch", "python", "commit"}
+        result, history = record["result"], common.load_history(folder)
+        if record["method"] == "stacking":
+            continue
+        epochs, members = record["settings"]["epochs"], record["settings"]["members"]
+        for part in ("train", "validation"):
+            for key in ("member_loss", "member_error"):
+                assert history[f"{part}_{key}"].shape == (epochs, members)
+            np.testing.assert_allclose(history[f"{part}_mean_member_loss"],
+                                       history[f"{part}_member_loss"].mean(1), rtol=1e-5)
+            np.testing.assert_allclose(
+                history[f"{part}_diversity"], history[f"{part}_mean_member_loss"]
+                - history[f"{part}_ensemble_loss"], atol=1e-5)
+        assert history["test_member_error"].shape == (members,)
+        assert result["epoch"] == 1 + history["validation_ensemble_error"].argmin()
+        assert result["validation_error"] == pytest.approx(
+            history["validation_ensemble_error"].min())
+
+
+def expected(study, configuration, method, key="test_ensemble_error"):
+    values = [record["result"][key] for record, folder in records(study)
+              if (record["configuration"], folder.parent.name) == (configuration, method)]
+    assert len(values) == 2
+    return sum(values) / 2, abs(values[0] - values[1]) / 2    # standard error, ddof 1, of two
+
+
+@pytest.mark.parametrize("figure, rows", [("fig2", 6), ("fig3", 22)])
+def test_errors_equal_the_run_folders(study, figure, rows):
+    found = table(study, figure)
+    assert len(found) == rows
+    for row in found:
+        mean, error = expected(study, row["configuration"], row["method"])
+        assert float(row["test_ensemble_error"]) == pytest.approx(mean, abs=1e-15)
+        assert float(row["standard_error"]) == pytest.approx(error, abs=1e-15)
+        assert row["n"] == "2" and row["diverged"] == "0"
+        assert "SYNTHETIC STAND-IN" in row["provenance"]
+
+
+def test_fig9_equals_the_run_folders(study):
+    found = table(study, "fig9")
+    assert len(found) == 2 * 7
+    for row in found:
+        mean, error = expected(study, "64x16H", row["method"], row["loss"])
+        assert float(row["mean"]) == pytest.approx(mean)
+        assert float(row["standard_error"]) == pytest.approx(error)
+
+
+@pytest.mark.parametrize("figure, configuration, members", [("fig7", "256x4H", 256),
+                                                            ("fig8", "64x16H", 64)])
+def test_robustness_equals_the_run_folders(study, figure, configuration, members):
+    found = table(study, figure)
+    assert len(found) == 3 * members
+    for method in ("joint-0", "joint-0.99", "joint-1"):
+        curves = [common.load_history(folder)["error"] for _, folder in
+                  records(study, "robustness-example")
+                  if (folder.parent.parent.name, folder.parent.name) == (configuration, method)]
+        assert [curve.shape for curve in curves] == [(3, members)] * 2    # repeats, dropped
+        mean = np.mean([curve.mean(0) for curve in curves], 0) * 100
+        mine = [row for row in found if row["method"] == method]
+        assert [int(row["dropped"]) for row in mine] == list(range(members))
+        assert float(mine[-1]["dropped_percent"]) == 100 * (members - 1) / members
+        np.testing.assert_allclose([float(row["test_error_percent"]) for row in mine], mean)
+        assert mean[0] == pytest.approx(100 * expected(study, configuration, method)[0])
+
+
+def test_one_run_alone_equals_the_same_run_in_the_study(study, script):
+    for select in (("--only", "256x4H", "--lambdas", 0.95), ("--only", "64x16H", "--lambdas", 1)):
+        status, out, err = script(train_mlp_fmnist, "--preset", "smoke", *select, "--methods",
+                                  "joint", "--trials", 2)
+        assert status == 0, out + err
+    alone = {path.parent.relative_to(Path.cwd()) for path in Path.cwd().rglob("run.json")}
+    assert len(alone) == 4
+    for folder in alone:
+        one, other = (json.loads((root / folder / "run.json").read_text()) for root in (
+            Path.cwd(), study))
+        if one["machine"]["threads"] != other["machine"]["threads"]:
+            pytest.skip("bitwise promises hold at one thread count")
+        assert one["result"] == other["result"] and one["settings"] == other["settings"]
+        arrays, others = common.load_history(folder), common.load_history(study / folder)
+        assert arrays.keys() == others.keys()
+        assert all(np.array_equal(arrays[key], others[key]) for key in arrays)
+        if (folder / "weights.pt").exists():
+            weights = common.load_weights(folder, "cpu")
+            kept = common.load_weights(study / folder, "cpu")
+            assert all((weights[key] == kept[key]).all() for key in weights)
+
+
+# --- Figures from less than a whole study ------------------------------------------------------
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(study, script):
+    status, out, _ = script(make_figures, "fig3", "fig7", "--preset", "smoke")
+    assert status == 1 and "fig3: NOT DRAWN, 44 runs are missing" in out
+    assert not Path("figures").exists()
+    train3, train7, drop7 = (line.split()[1:] for line in out.splitlines()
+                             if line.startswith("    python"))
+    for (name, *arguments), runs in ((train3, 44), (train7, 6)):
+        assert name == "train_mlp_fmnist.py"
+        status, out, _ = script(train_mlp_fmnist, *arguments, "--dry-run")
+        assert status == 0 and f"{runs} to do" in out
+    assert drop7 == ["robustness.py", "--preset", "smoke", "--only", "256x4H", "--lambdas", "0",
+                     "0.99", "1"]
+
+
+def test_a_figure_draws_what_there_is(study, script, tmp_path):
+    (tmp_path / "results" / "smoke" / "mlp_fmnist" / "256x4H" / "joint-0").mkdir(parents=True)
+    part = Path("smoke", "mlp_fmnist", "256x4H", "joint-0", "trial0")
+    (tmp_path / "results" / part).symlink_to(study / "results" / part)
+    status, out, _ = script(make_figures, "fig2", "--preset", "smoke")
+    assert status == 0 and "fig2: incomplete, 11 runs are missing" in out
+    rows = {row["method"]: row for row in table(tmp_path, "fig2")}
+    assert rows["joint-0"]["n"] == "1" and rows["joint-0"]["standard_error"] == "nan"
+    assert rows["bagging"]["n"] == "0" and rows["bagging"]["test_ensemble_error"] == "nan"
+
+
+def altered_copy(study, target, change):
+    """A copy of the study's 256x4H runs at lambda 0, trial 1 of them changed."""
+    for trial in (0, 1):
+        folder = Path("results", "smoke", "mlp_fmnist", "256x4H", "joint-0", f"trial{trial}")
+        record = json.loads((study / folder / "run.json").read_text())
+        if trial:
+            change(record)
+        (target / folder).mkdir(parents=True)
+        (target / folder / "run.json").write_text(json.dumps(record))
+
+
+def test_runs_of_other_settings_never_share_a_mean(study, script, tmp_path):
+    altered_copy(study, tmp_path, lambda record: record["settings"].update(epochs=99))
+    status, _, err = script(make_figures, "fig2", "--preset", "smoke")
+    assert status == 2 and "mixes runs with epochs" in err and err.count("\n") == 1
+    assert not Path("figures").exists()
+
+
+def test_a_diverged_run_is_counted_and_not_averaged(study, script, tmp_path):
+    altered_copy(study, tmp_path, lambda record: record.update(result={"diverged_at_epoch": 1}))
+    status, _, _ = script(make_figures, "fig2", "--preset", "smoke")
+    rows = {row["method"]: row for row in table(tmp_path, "fig2")}
+    assert status == 0 and (rows["joint-0"]["n"], rows["joint-0"]["diverged"]) == ("1", "1")
+    assert not math.isnan(float(rows["joint-0"]["test_ensemble_error"]))
+
+
+def test_mean_and_standard_error():
+    mean, error = make_figures.mean_and_error([0.1, 0.2, 0.6])
+    assert mean == pytest.approx(0.3)
+    assert error == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3))
+    assert math.isnan(make_figures.mean_and_error([0.1])[1])
