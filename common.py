@@ -18,6 +18,7 @@ import argparse
 import copy
 import datetime
 import difflib
+import functools
 import gzip
 import hashlib
 import importlib
@@ -242,7 +243,8 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     A single network (M = 1) is the same at every lambda and is trained once, as lambda 1. Stacking
     combines the frozen members of its trial's lambda 0 run, which therefore comes before it.
     """
-    names = only or list(block["configurations"])
+    names = dict.fromkeys(only or block["configurations"])
+    lambdas = dict.fromkeys(lambdas or block["lambdas"])
     shared = {k: block[k] for k in ("epochs", "train", "validation", "test", "batch", "momentum",
                                     "weight_decay")}
     own = {"bagging": ["bagging"], "stacking": ["stacking", "folds", "penalties"]}
@@ -251,7 +253,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
         for name in names:
             c = block["configurations"][name]
             chosen = methods or c["methods"]
-            wanted = [("joint", lam) for lam in lambdas or block["lambdas"] if "joint" in chosen]
+            wanted = [("joint", lam) for lam in lambdas if "joint" in chosen]
             if c["members"] == 1:
                 wanted = [("joint", 1)] if wanted else []
             else:
@@ -400,8 +402,8 @@ class Dataset:
 
     description: dict     # what the real data is: a setting of every run on it
     read: object          # folder -> Data, or None if nothing is there
-    system: Path          # where a system package puts it
-    torchvision: str      # the class that downloads it
+    system: Path | None   # where a system package puts it, if one does
+    torchvision: str | None     # the class that downloads it, if one does
     classes: int
     shape: tuple
     train: int
@@ -425,6 +427,8 @@ def _download(name, minutes):
     Returns None, or in one line why it failed. What is half there never reaches data/.
     """
     dataset = DATASETS[name]
+    if dataset.torchvision is None:
+        return "torchvision does not have it"
     try:
         DEFAULT_DATA_DIR.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix=".download-", dir=DEFAULT_DATA_DIR)
@@ -467,7 +471,7 @@ def find_data(name, policy, data_dir=None, download=True):
                           f"{dataset.ways}, or leave --data-dir out to download it")
         return data
     for folder in (DEFAULT_DATA_DIR, dataset.system):
-        if data := dataset.read(folder):
+        if folder is not None and (data := dataset.read(folder)):
             return data
     if not download:
         return None
@@ -719,8 +723,9 @@ def train(experiment, run, data, progress=lambda epoch, history: None):
     """Trains one run by the paper's protocol (appendix B): early stopping on validation error.
 
     Returns the ensemble, with the weights of the reported epoch; the history, a pair of
-    `Scores.summary` (training, validation) an epoch; the reported epoch, counted from 1; and the
-    test scores there. The last two are None of a run whose loss is no longer finite.
+    `Scores.summary` an epoch (training, running over the epoch's steps, and validation); the
+    reported epoch, counted from 1; and the test scores there. The last two are None of a run whose
+    loss is no longer finite.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(experiment, run, data)
@@ -829,13 +834,17 @@ def write(path, save):
 
 def read_run(folder):
     """The run.json of a finished run, or None. Raises Refused if it cannot be read."""
+    path = folder / "run.json"
     try:
-        return json.loads((folder / "run.json").read_text())
+        record = json.loads(path.read_text())
+        if not {"settings", "result", "trial"} <= record.keys():
+            raise ValueError("it is no record of a run")
+        return record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise Refused(f"{folder / 'run.json'} cannot be read ({error}): remove the folder, and the "
-                      "run is done again") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise Refused(f"{path} cannot be read ({error}): remove {folder}, and the run is done "
+                      "again") from error
 
 
 def load_history(folder):
@@ -882,6 +891,7 @@ def machine(device):
             "numpy": np.__version__, "system": platform.system(), "commit": commit()}
 
 
+@functools.cache        # of the code that runs, whatever is changed while it runs
 def commit():
     """The git commit of the code, marked if it was changed since; None outside a checkout."""
     try:
@@ -936,6 +946,20 @@ def do_run(experiment, run, data, results, progress):
 
 # --- Plan and progress -------------------------------------------------------------------------
 
+def seconds_per(work, repeats, device):
+    """The mean time of one call of `work`, device work included."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    wait()
+    return (time.perf_counter() - began) / repeats
+
+
 def cost(experiment, run, data):
     """Seconds and bytes that a run will take, from a few of its own steps on the device at hand."""
     s, device = run.settings, data.device
@@ -947,14 +971,7 @@ def cost(experiment, run, data):
 
     def seconds(work, repeats):
         work()                                          # the first is slower
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / repeats
+        return seconds_per(work, repeats, device)
 
     example = seconds(lambda: evaluate(ensemble, data, *part), 2) / len(part[1])
     n = s["train"] or len(data.train_labels) - s["validation"]

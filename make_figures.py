@@ -194,7 +194,6 @@ def fig2(study):
     ax.set_ylim(0, ax.get_ylim()[1] * 1.28)
     ax.set_ylabel("test error (%)")
     ax.set_title("256x4H ensembles and one large network", fontsize=9)
-    ax.legend(loc="upper center", ncols=1, frameon=False)
     ax.grid(axis="x", visible=False)
     return fig, rows
 
@@ -223,7 +222,6 @@ def fig3(study):
                 label="256x4H, printed in the paper")
     lambda_axis(ax, sorted(every))
     ax.set_ylabel("test error (%)")
-    ax.legend(frameon=False)
     return fig, rows
 
 
@@ -257,7 +255,6 @@ def robustness_figure(study, configuration):
                                                    lambda x: x * members / 100))
         top.set_xlabel("members dropped (%)")
     ax.set_title(configuration, fontsize=9)
-    ax.legend(frameon=False, loc="upper left")
     return fig, rows
 
 
@@ -290,7 +287,6 @@ def fig9(study):
     ax.set_ylim(bottom=0)
     ax.set_ylabel("test cross entropy (nats)")
     ax.set_title("64x16H", fontsize=9)
-    ax.legend(frameon=False)
     return fig, rows
 
 
@@ -301,20 +297,23 @@ FIGURES = {"fig2": fig2, "fig3": fig3, "fig7": fig7, "fig8": fig8, "fig9": fig9}
 
 def save(fig, rows, study, path):
     """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot."""
+    provenance = study.provenance()
+    common.make_writable(path.parent)
     diverged = sum(row.get("diverged", 0) for row in rows)
     note = f" · {diverged} diverged runs left out, see the CSV" if diverged else ""
+    if fig.axes[0].get_legend_handles_labels()[0]:
+        fig.axes[0].legend(frameon=False)
     fig.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))
-    fig.text(0.01, 0.012, study.provenance() + note, fontsize=5.5, color=GREY)
+    fig.text(0.01, 0.012, provenance + note, fontsize=5.5, color=GREY)
     table = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(table, [*columns, "provenance"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "provenance": study.provenance().replace("\n", " · ")} for row in rows)
+    writer.writerows({**row, "provenance": provenance.replace("\n", " · ")} for row in rows)
     common.write(path.with_suffix(".csv"), lambda file: file.write(table.getvalue().encode()))
     common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
     common.write(path.with_suffix(".pdf"), lambda file: fig.savefig(
         file, format="pdf", metadata={"CreationDate": None}))
-    plt.close(fig)
 
 
 def main():
@@ -338,11 +337,11 @@ def main():
         fig, rows = FIGURES[figure](study)
         drawn = bool(study.used)
         if drawn:
-            common.make_writable(folder)
             other = figure in ("fig7", "fig8") and args.drop != "example"
             path = folder / (f"{figure}-{args.drop}" if other else figure)
             save(fig, rows, study, path)
             print(f"{figure}: {path}.pdf, .png, .csv")
+        plt.close(fig)
         undrawn += not drawn
         if study.missing:
             _, configuration, method, trial = study.missing[0]

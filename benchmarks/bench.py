@@ -15,7 +15,6 @@ import csv
 import resource
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -85,20 +84,6 @@ def textbook(block, data):
     return steps(), evaluations()
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(work, repeats, device):
-    synchronise(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    synchronise(device)
-    return (time.perf_counter() - began) / repeats
-
-
 def ours(name, block, data, training):
     """Functions that take one of our steps and one of our evaluations."""
     settings = block["configurations"][name]
@@ -135,12 +120,12 @@ def main():
     times = {way: ([], []) for way in [*ways, "256x4H, textbook"]}
     for _ in range(ROUNDS + 1):                                           # the first warms up
         for name, (step, evaluate) in ways.items():
-            times[name][0].append(seconds(step, STEPS, device))
-            times[name][1].append(seconds(evaluate, 1, device))
+            times[name][0].append(common.seconds_per(step, STEPS, device))
+            times[name][1].append(common.seconds_per(evaluate, 1, device))
         step, evaluation = times["256x4H, textbook"]
-        step.append(seconds(lambda: next(textbook_step), TEXTBOOK_STEPS, device))
-        evaluation.append(seconds(lambda: next(textbook_evaluation), TEXTBOOK_STEPS, device)
-                          * VALIDATION / 100)
+        step.append(common.seconds_per(lambda: next(textbook_step), TEXTBOOK_STEPS, device))
+        evaluation.append(common.seconds_per(lambda: next(textbook_evaluation), TEXTBOOK_STEPS,
+                                             device) * VALIDATION / 100)
 
     rows = []
     for way, (step, evaluation) in times.items():
