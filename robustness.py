@@ -25,31 +25,31 @@ PROBABILITIES = np.linspace(0, 0.95, 20)
 
 
 def wrong_by_survivors(member_logits, targets, order):
-    """(M, N) bool: row s - 1 tells which examples the first s members of their order get wrong.
+    """(N, M) bool: column s - 1 tells which examples the first s members of their order get wrong.
 
-    member_logits (M, K, N), targets (N,), order (M, N): each column a permutation of the members.
+    member_logits (N, M, K), targets (N,), order (N, M): each row a permutation of the members.
     """
     wrong = []
-    for rows in torch.arange(len(targets), device=targets.device).split(500):   # stays in the cache
-        index = order[:, rows].unsqueeze(1).expand(-1, member_logits.shape[1], -1)
-        sums = member_logits[:, :, rows].gather(0, index).cumsum_(0)   # same argmax as the mean
-        wrong.append(sums.max(1).indices != targets[rows])
-    return torch.cat(wrong, 1)
+    for z, y, o in zip(member_logits.split(500), targets.split(500), order.split(500), strict=True):
+        rows = o + torch.arange(len(o), device=o.device)[:, None] * o.shape[1]
+        sums = z.flatten(0, 1)[rows.flatten()].view_as(z).cumsum_(1)    # same argmax as the mean
+        wrong.append(sums.max(2).indices != y[:, None])
+    return torch.cat(wrong)
 
 
 def repeat(member_logits, targets, drop, generator):
     """The test error of one repeat, by number of members dropped 0 ... M-1, or by PROBABILITIES."""
-    members, _, n = member_logits.shape
+    n, members, _ = member_logits.shape
     if drop == "set":
-        order = torch.randperm(members, generator=generator)[:, None].expand(-1, n)
+        order = torch.randperm(members, generator=generator).expand(n, -1)
     else:
-        order = torch.rand(members, n, generator=generator).argsort(0)
+        order = torch.rand(n, members, generator=generator).argsort(1)
     wrong = wrong_by_survivors(member_logits, targets, order.to(targets.device))
     if drop != "probability":
-        return wrong.double().mean(1).flip(0)
-    keep = torch.from_numpy(1 - PROBABILITIES).float()[:, None].expand(-1, n)
+        return wrong.double().mean(0).flip(0)
+    keep = torch.from_numpy(1 - PROBABILITIES).float().expand(n, -1)
     left = torch.binomial(torch.full_like(keep, members), keep, generator).long().clamp_(min=1)
-    return wrong.gather(0, left.to(wrong.device) - 1).double().mean(1)
+    return wrong.gather(1, left.to(wrong.device) - 1).double().mean(0)
 
 
 # --- The runs ----------------------------------------------------------------------------------
@@ -78,13 +78,12 @@ def measure(run, record, folder, data, results):
     experiment = common.experiment_of(record["experiment"])
     ensemble = experiment.build(record["settings"], data.shape, data.classes, torch.Generator())
     ensemble.load_state_dict(common.load_weights(folder, data.device))
-    logits = common.predict(ensemble.to(data.device), data, data.test_images)
-    logits = logits.permute(1, 2, 0).contiguous()                                   # (M, K, N)
+    logits = common.predict(ensemble.to(data.device), data, data.test_images)       # (N, M, K)
     generator = run.generator("drop")
     errors = torch.stack([repeat(logits, data.test_labels, drop, generator)
                           for _ in range(run.settings["repeats"])]).cpu().numpy()
     at = {"probability": PROBABILITIES} if drop == "probability" else {
-        "dropped": np.arange(len(logits))}
+        "dropped": np.arange(logits.shape[1])}
     common.write_run(run, results, data, began, at | {"error": errors}, {}, ensemble)
     return errors.mean(0)
 
