@@ -4,8 +4,9 @@
     python make_figures.py fig3 fig7         # these
 
 Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and
-says at its foot what it was made from. Errors are means over trials; bars and bands are standard
-errors (ddof 1). Where runs are missing it says which, and the command that makes them.
+says at its foot what it was made from; runs.csv beside them has a line for every run. Errors are
+means over trials; bars and bands are standard errors (ddof 1). Where runs are missing it says which,
+and the command that makes them.
 """
 
 import csv
@@ -295,6 +296,28 @@ FIGURES = {"fig2": fig2, "fig3": fig3, "fig7": fig7, "fig8": fig8, "fig9": fig9}
 # --- main --------------------------------------------------------------------------------------
 
 
+def write_csv(path, rows):
+    """Rows (dicts) as CSV, with a column for every key of any of them."""
+    table = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.write(path, lambda file: file.write(table.getvalue().encode()))
+
+
+def list_runs(results, name):
+    """A row for every training run of a preset: what it is, what came out, on what and when."""
+    for path in sorted((results / name).glob("*/*/*/trial*/run.json")):
+        record = common.read_run(path.parent)
+        if not record["experiment"].startswith("robustness"):
+            yield {"run": str(path.parent.relative_to(results)), **record["result"],
+                   "lr": record["settings"]["lr"], "epochs": record["settings"]["epochs"],
+                   "data": record["settings"]["data"]["name"], "parameters":
+                   record.get("parameters"), "seconds": record["seconds"],
+                   "finished": record["finished"], **record["machine"]}
+
+
 def save(fig, rows, study, path):
     """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot."""
     provenance = study.provenance()
@@ -305,12 +328,8 @@ def save(fig, rows, study, path):
         fig.axes[0].legend(frameon=False)
     fig.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))
     fig.text(0.01, 0.012, provenance + note, fontsize=5.5, color=GREY)
-    table = io.StringIO()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(table, [*columns, "provenance"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "provenance": provenance.replace("\n", " · ")} for row in rows)
-    common.write(path.with_suffix(".csv"), lambda file: file.write(table.getvalue().encode()))
+    write_csv(path.with_suffix(".csv"),
+              [{**row, "provenance": provenance.replace("\n", " · ")} for row in rows])
     common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
     common.write(path.with_suffix(".pdf"), lambda file: fig.savefig(
         file, format="pdf", metadata={"CreationDate": None}))
@@ -349,6 +368,10 @@ def main():
                   f"are missing, the first {configuration} {method} trial {trial}; to make them:")
             for command in study.commands():
                 print(f"    {command}")
+    if runs := list(list_runs(args.results, name)):
+        common.make_writable(folder)
+        write_csv(folder / "runs.csv", runs)
+        print(f"{len(runs)} training runs, each on one line: {folder / 'runs.csv'}")
     sys.exit(1 if undrawn else 0)
 
 

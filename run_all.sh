@@ -13,7 +13,7 @@ refuse() { echo "error: $*" >&2; exit 2; }
 
 # --- What is asked for -------------------------------------------------------------------------
 
-what="" train=() drop=() draw=()
+what="" device=auto train=() drop=() draw=()
 while [ $# -gt 0 ]; do
   case $1 in
     -h|--help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
@@ -24,8 +24,16 @@ while [ $# -gt 0 ]; do
       case $1 in
         --results) train+=("$1" "$value"); drop+=("$1" "$value"); draw+=("$1" "$value") ;;
         --figures-dir) draw+=("$1" "$value") ;;
-        --data) train+=("$1" "$value") ;;
-        --data-dir|--device|--seed) train+=("$1" "$value"); drop+=("$1" "$value") ;;
+        --data)
+          [[ $value =~ ^(real|auto|synthetic)$ ]] ||
+            refuse "--data $value: expected real, auto or synthetic"
+          train+=("$1" "$value") ;;
+        --seed)
+          [[ $value =~ ^[0-9]{1,18}$ ]] || refuse "--seed $value: expected a whole number"
+          train+=("$1" "$value"); drop+=("$1" "$value") ;;
+        --data-dir|--device)
+          [ "$1" = --device ] && device=$value
+          train+=("$1" "$value"); drop+=("$1" "$value") ;;
         *) refuse "unknown option $1; see bash run_all.sh --help" ;;
       esac
       shift 2 ;;
@@ -91,16 +99,21 @@ fi
 
 # --- The study ---------------------------------------------------------------------------------
 
-gpu=$("$python" -c 'import common; print(common.choose_preset(None))') || exit 2
-if [ "$gpu" = quick ] && nvidia-smi -L >/dev/null 2>&1; then
+default=$("$python" - "$device" <<'EOF'
+import common, sys
+common.command_line(lambda: common.choose_device(sys.argv[1]))
+print(common.choose_preset(None))
+EOF
+) || exit 2
+if [ "$default" = quick ] && nvidia-smi -L >/dev/null 2>&1; then
   echo "WARNING: this machine has a GPU that torch cannot use ($(nvidia-smi -L | head -n 1))."
   echo "WARNING: the driver may be too old for torch $("$python" -c 'import torch; print(torch.__version__)'); training runs on the CPU."
 fi
 if [ -n "$what" ]; then
   echo "preset $what, as asked"
 else
-  what=$gpu
-  [ "$gpu" = short ] && found="can use a CUDA GPU" || found="can use no CUDA GPU"
+  what=$default
+  [ "$default" = short ] && found="can use a CUDA GPU" || found="can use no CUDA GPU"
   echo "preset $what, because torch $found here; others: bash run_all.sh paper|short|quick|smoke"
 fi
 echo "python $(command -v "$python"): $why"
@@ -130,7 +143,8 @@ echo
 if [ ${#failed[@]} = 0 ]; then
   echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: every figure above was made"
 else
-  echo "NOT COMPLETE after $((SECONDS / 60)) min $((SECONDS % 60)) s; failed: $(IFS=,; echo "${failed[*]}")"
+  echo "NOT COMPLETE after $((SECONDS / 60)) min $((SECONDS % 60)) s; failed:"
+  printf '  %s\n' "${failed[@]}"
   echo "finished runs are kept: the same command goes on with the others"
   exit 1
 fi

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def table(folder, figure):
 def test_every_promised_file_is_there(study):
     figures = study / "figures" / "smoke"
     assert sorted(p.name for p in figures.iterdir()) == sorted(
-        f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png"))
+        ["runs.csv", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png"))])
+    assert len(table(study, "runs")) == 48
     assert all(p.stat().st_size > 500 for p in figures.iterdir())
     block = common.load_preset("smoke")["mlp_fmnist"]
     runs = common.list_runs("smoke", train_mlp_fmnist.EXPERIMENT, block,
@@ -157,6 +159,40 @@ def test_one_run_alone_equals_the_same_run_in_the_study(study, script):
             weights = common.load_weights(folder, "cpu")
             kept = common.load_weights(study / folder, "cpu")
             assert all((weights[key] == kept[key]).all() for key in weights)
+
+
+# --- When something goes wrong -----------------------------------------------------------------
+
+def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
+    """Without data nothing can be trained; a GPU that torch cannot use is told as well."""
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 'GPU 0: a card with an old driver'\n")
+    nvidia_smi.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", ROOT / "run_all.sh", "quick", "--data", "real", "--data-dir", "nowhere",
+         "--results", "results", "--figures-dir", "figures"], cwd=tmp_path, capture_output=True,
+        text=True, env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1
+    assert "WARNING: this machine has a GPU that torch cannot use (GPU 0: a card" in done.stdout
+    assert "fig2: NOT DRAWN" in done.stdout and f"{tmp_path}/nowhere is not a folder" in done.stderr
+    _, summary = done.stdout.split("NOT COMPLETE")
+    for stage in ("data", "MLPs on Fashion-MNIST", "robustness", "figures"):
+        assert f"  {stage} (exit status" in summary
+    assert {p.name for p in tmp_path.iterdir()} == {"nvidia-smi"}
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    command = [sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        while "test error" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        err = process.communicate()[1]
+    assert process.returncode == 130 and err.strip().startswith("stopped") and "Trace" not in err
+    kept = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
+    assert kept and not [path for path in tmp_path.rglob(".*")], "half-written files are left"
 
 
 # --- Figures from less than a whole study ------------------------------------------------------
