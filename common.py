@@ -1,7 +1,7 @@
 """What the experiments share: data -> batches -> ensemble -> joint loss -> training -> run folder.
 
-A training script defines its networks and calls `main`; all else is here, in the order in which a
-number is made. Shapes: N examples, M members, K classes; an ensemble maps a batch of images
+A training script defines its networks and its `Experiment`; all else is here, in the order in which
+a number is made. Shapes: N examples, M members, K classes; an ensemble maps a batch of images
 (N, C, H, W), or one batch per member (N, M, C, H, W), to member logits (N, M, K).
 """
 
@@ -31,6 +31,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -184,7 +186,16 @@ class Experiment:
 
 def experiment_of(name):
     """The Experiment that train_NAME.py declares, for code that starts from a run folder."""
-    return importlib.import_module(f"train_{name}").EXPERIMENT
+    try:
+        return importlib.import_module(f"train_{name}").EXPERIMENT
+    except ModuleNotFoundError as error:
+        raise Refused(f"there are results of experiment '{name}' but no train_{name}.py: put the "
+                      "script back, or remove its results") from error
+
+
+def lambda_name(lam):
+    """0.95 -> "0.95", 1.0 -> "1", 1e-05 -> "0.00001": no two lambdas share a name."""
+    return np.format_float_positional(lam, trim="-")
 
 
 @dataclass(frozen=True)
@@ -201,11 +212,11 @@ class Run:
 
     @property
     def method_name(self):
-        return f"joint-{self.lam:g}" if self.method == "joint" else self.method
+        return f"joint-{lambda_name(self.lam)}" if self.method == "joint" else self.method
 
     @property
     def label(self):
-        method = f"lambda {self.lam:g}" if self.method == "joint" else self.method
+        method = f"lambda {lambda_name(self.lam)}" if self.method == "joint" else self.method
         return f"{self.configuration} {method} trial {self.trial}"
 
     @property
@@ -214,7 +225,7 @@ class Run:
                     f"trial{self.trial}")
 
     def generator(self, purpose):
-        """A generator for one purpose: initialisation, order, bootstrap or augmentation.
+        """A generator for one purpose: initialisation, order, bootstrap, folds or drop.
 
         It depends on (experiment, configuration, trial, --seed) and nothing else, so the lambdas
         of one trial share their initial weights and their order, and a run alone equals the same
@@ -240,10 +251,12 @@ def learning_rate(rates, lam):
 def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, methods=None):
     """The runs of an experiment, trial by trial, so that the first trial is complete early.
 
-    A single network (M = 1) is the same at every lambda and is trained once, as lambda 1. Stacking
-    combines the frozen members of its trial's lambda 0 run, which therefore comes before it.
+    `only`, `lambdas` and `methods` narrow them; lambdas alone mean the joint runs at them. A single
+    network (M = 1) is the same at every lambda and is trained once, as lambda 1. Stacking combines
+    the frozen members of its trial's lambda 0 run, which therefore comes before it.
     """
     names = dict.fromkeys(only or block["configurations"])
+    methods = methods or (["joint"] if lambdas else None)
     lambdas = dict.fromkeys(lambdas or block["lambdas"])
     shared = {k: block[k] for k in ("epochs", "train", "validation", "test", "batch", "momentum",
                                     "weight_decay")}
@@ -270,8 +283,8 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
                 runs.append(Run(preset, experiment.name, name, method, lam, trial, settings,
                                 weights))
     if not runs:
-        raise Refused(f"no run is left: --methods {' '.join(methods)} trains nothing of "
-                      f"{' '.join(names)}; a single network is no ensemble")
+        raise Refused(f"no run is left of {' '.join(names)}: bagging and stacking need more than "
+                      "one member; name other --methods or configurations")
     return runs
 
 
@@ -328,7 +341,7 @@ def _idx_file(folder, name):
             try:
                 with opener(path, "rb") as file:
                     content = file.read()
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise Refused(f"{path} cannot be read ({error}): it is truncated or damaged; fetch "
                               "it anew, or remove it") from error
             if hashlib.sha256(content).hexdigest() != FASHION_MNIST[name]:
@@ -460,9 +473,12 @@ def find_data(name, policy, data_dir=None, download=True):
     package, then torchvision downloads into data/. Under `real` a failure raises Refused; under
     `auto` it is said, and the stand-in is taken.
     """
-    if policy == "synthetic":
-        return None
     dataset = DATASETS[name]
+    if policy == "synthetic":
+        if data_dir is not None:
+            raise Refused(f"--data-dir {data_dir}: the data is to be synthetic; add --data real to "
+                          "read that folder, or leave it out")
+        return None
     if data_dir is not None:
         data = dataset.read(Path(data_dir)) if Path(data_dir).is_dir() else None
         if data is None:
@@ -476,8 +492,8 @@ def find_data(name, policy, data_dir=None, download=True):
     if not download:
         return None
     failure = _download(name, DOWNLOAD_MINUTES if policy == "auto" else None)
-    if failure is None:
-        return dataset.read(DEFAULT_DATA_DIR)
+    if failure is None and (data := dataset.read(DEFAULT_DATA_DIR)):
+        return data
     if policy == "real":
         raise Refused(f"{name} is not on disk and its download failed ({failure}). Three ways to "
                       f"get it: be online and run this again; {dataset.ways}")
@@ -489,15 +505,17 @@ def find_data(name, policy, data_dir=None, download=True):
 def load_data(name, policy, block, data_dir=None, download=True):
     """The data of an experiment, real or stand-in, cut to the sizes that its settings name.
 
-    Without `download`, real data that is not on disk has the stand-in's images under its own name:
-    a plan can be made from that, nothing else.
+    Without `download`, for a plan, the stand-in takes the place of what is not on disk; under
+    `real` it has the real data's description, by which finished runs are known.
     """
     dataset = DATASETS[name]
     data = find_data(name, policy, data_dir, download)
     if data is None:
         train = block["train"] + block["validation"] if block["train"] else dataset.train
         data = synthetic(dataset.classes, dataset.shape, train, block["test"] or dataset.test)
-        if not download and policy != "synthetic":
+        if not download and policy == "auto":
+            data.origin += f", unless {name} can be downloaded"
+        if not download and policy == "real":
             data.description, data.origin = dataset.description, "to be downloaded first"
     n = len(data.train_labels)
     available = n - block["validation"]
@@ -695,7 +713,13 @@ def evaluate(ensemble, data, images, labels):
 def predict(ensemble, data, images):
     """All member logits (n, M, K) of images (n, C, H, W)."""
     ensemble.eval()
-    return torch.cat([ensemble(data.normalise(part)) for part in images.split(EVALUATION_BATCH)])
+    logits = None
+    for rows in torch.arange(len(images), device=images.device).split(EVALUATION_BATCH):
+        part = ensemble(data.normalise(images[rows]))
+        if logits is None:      # one block: half a gigabyte for 256x4H on the training split
+            logits = part.new_empty(len(images), *part.shape[1:])
+        logits[rows] = part
+    return logits
 
 
 # --- Training ----------------------------------------------------------------------------------
@@ -757,13 +781,16 @@ def train(experiment, run, data, progress=lambda epoch, history: None):
     return ensemble, history, reported, evaluate(ensemble, data, data.test_images, data.test_labels)
 
 
+FIT_ITERATIONS = 300
+
+
 def stack(experiment, run, data, results):
     """Stacking (Wolpert 1992): a linear combiner on the M*K logits of the frozen lambda 0 members.
 
     The combiner starts at plain averaging and is penalised, by squared distance, towards it; the
     penalty with the lowest cross-validated cross entropy is taken. Returns the test scores of the
     combination, as an ensemble of one (None if the lambda 0 run diverged), and what history.npz and
-    run.json tell of the penalty.
+    run.json tell of the penalty. A penalty at the end of those tried is told as such.
     """
     s = run.settings
     source = results / replace(run, method="joint").path
@@ -784,8 +811,8 @@ def stack(experiment, run, data, results):
 
     def fit(step, bias, rows, penalty):
         """Moves step (K, M*K) and bias (K,) to the minimum over the examples where rows is 1."""
-        optimizer = torch.optim.LBFGS([step, bias], max_iter=100, tolerance_change=1e-6,
-                                      line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([step, bias], max_iter=FIT_ITERATIONS, tolerance_grad=1e-4,
+                                      tolerance_change=0, line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
@@ -807,8 +834,9 @@ def stack(experiment, run, data, results):
             fit(step, bias, (fold != k).float(), penalty)
             with torch.no_grad():
                 losses[i] += objective(step, bias, (fold == k).float(), 0).item() / s["folds"]
+    chosen = penalties[losses.argmin()]
     step, bias = start()
-    fit(step, bias, torch.ones(len(y), device=data.device), penalties[losses.argmin()])
+    fit(step, bias, torch.ones(len(y), device=data.device), chosen)
 
     test, targets = Scores(1, data.device), data.test_labels
     with torch.no_grad():
@@ -816,7 +844,8 @@ def stack(experiment, run, data, results):
         logits = F.linear(x, averaging + step, bias).unsqueeze(1)                  # (N, 1, K)
         test.add(logits, targets, *cross_entropies(logits, targets))
     return (test.summary(), {"penalty": penalties, "cross_validated_loss": losses},
-            {"penalty": penalties[losses.argmin()], "diverged_at_epoch": None})
+            {"penalty": chosen, "penalty_is_outermost": chosen in (penalties[0], penalties[-1]),
+             "diverged_at_epoch": None})
 
 
 # --- Run folders -------------------------------------------------------------------------------
@@ -848,9 +877,14 @@ def read_run(folder):
 
 
 def load_history(folder):
-    """The arrays of history.npz, by name."""
-    with np.load(folder / "history.npz", allow_pickle=False) as file:
-        return dict(file)
+    """The arrays of history.npz, by name. Raises Refused if it is not there or not whole."""
+    path = folder / "history.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise Refused(f"{path} cannot be read ({error}): remove {folder}, and the run is done "
+                      "again") from error
 
 
 def load_weights(folder, device):
@@ -858,23 +892,28 @@ def load_weights(folder, device):
     path = folder / "weights.pt"
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise Refused(f"{path} cannot be read ({str(error).splitlines()[0]}): remove {folder}, and "
-                      "the run is done again") from error
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Refused(f"{path} cannot be read ({reason}): remove {folder}, and the run is done "
+                      "again") from error
 
 
-def finished(run, results):
+def difference(there, here):
+    """The first setting in which two runs differ, as (key, there, here), or None."""
+    keys = (key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key))
+    return next(((key, there.get(key), here.get(key)) for key in keys), None)
+
+
+def finished(run, results, remedy="use another --results folder, or remove that one"):
     """Is this run in its folder, with what it must keep? Raises Refused on other settings there."""
     folder = results / run.path
     record = read_run(folder)
     if record is None:
         return False
-    there, here = record["settings"], json.loads(json.dumps(run.settings))
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            raise Refused(f"{folder} holds results from other settings: {key} is "
-                          f"{there.get(key)!r} there and {here.get(key)!r} now; use another "
-                          "--results folder, or remove that one")
+    if other := difference(record["settings"], json.loads(json.dumps(run.settings))):
+        key, there, here = other
+        raise Refused(f"{folder} holds results from other settings: {key} is {there!r} there and "
+                      f"{here!r} now; {remedy}")
     return (not run.weights or (folder / "weights.pt").is_file() or
             record["result"]["diverged_at_epoch"] is not None)
 
@@ -1041,6 +1080,9 @@ class Progress:
         if "test_ensemble_error" in result:
             text = f"test error {100 * result['test_ensemble_error']:.2f} %"
             text += f" (epoch {result['epoch']})" if "epoch" in result else ""
+            if result.get("penalty_is_outermost"):
+                text += (f" (penalty {result['penalty']:g} is the outermost tried: "
+                         "widen `penalties` in presets.yaml)")
         else:
             text = f"DIVERGED at epoch {result['diverged_at_epoch']}"
         self.say(f"{text}, about {duration(self.left(1))} left")
@@ -1084,7 +1126,7 @@ def parser(description):
                    "or smoke; without it, short where CUDA can be used, else quick")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these configurations only")
     p.add_argument("--lambdas", nargs="+", type=lambda_number, metavar="L",
-                   help="these lambdas only, numbers in [0, 1]")
+                   help="joint training at these lambdas only, numbers in [0, 1]")
     p.add_argument("--trials", type=count, metavar="N", help="the first N trials")
     p.add_argument("--data-dir", metavar="DIR", help="a folder that holds the real data; without "
                    "it: data/, then the system's package, then a download into data/")
@@ -1161,6 +1203,10 @@ def prepare(experiment, args):
         data = find_data(experiment.dataset, policy, args.data_dir)
         print(f"data: {experiment.dataset}: {data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
+    fitted = block["validation" if block["stacking"] == "validation" else "train"] or math.inf
+    if block["folds"] > fitted:
+        raise Refused(f"folds {block['folds']} is more than the {fitted} images that stacking is "
+                      "fitted on: lower it")
     data = load_data(experiment.dataset, policy, block, args.data_dir, download=not args.dry_run)
     return block, data.to(device), list_runs(
         name, experiment, block, data.description, args.seed, args.only, args.lambdas, args.methods)

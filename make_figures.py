@@ -5,8 +5,8 @@
 
 Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and
 says at its foot what it was made from; runs.csv beside them has a line for every run. Errors are
-means over trials; bars and bands are standard errors (ddof 1). Where runs are missing it says which,
-and the command that makes them.
+means over trials; bars and bands are standard errors (ddof 1). Where runs are missing it says
+which, and the command that makes them.
 """
 
 import csv
@@ -36,7 +36,6 @@ STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
           {"color": GREEN, "marker": "^", "linestyle": "-."}]
 PAPER = {"linestyle": "none", "marker": "*", "markersize": 11, "markerfacecolor": "white",
          "markeredgecolor": "black", "zorder": 5}
-PUBLISHED = yaml.safe_load((common.HERE / "published.yaml").read_text())
 
 # --- The runs of a figure ----------------------------------------------------------------------
 
@@ -46,84 +45,114 @@ class Study:
 
     def __init__(self, results, name, drop):
         self.results, self.name, self.drop = results, name, drop
-        self.preset = common.load_preset(name)
-        self.used, self.missing = [], []
+        experiment = common.experiment_of("mlp_fmnist")
+        self.block = common.experiment_settings(common.load_preset(name), name, experiment)
+        self.published = yaml.safe_load((common.HERE / "published.yaml").read_text())
+        self.used, self.missing = {}, {}    # folder -> run.json; (experiment, configuration, ...)
 
     def runs(self, experiment, configuration, method):
         """(run.json, folder) by trial of the finished runs of one method ("joint-0.95", ...)."""
         folder = self.results / self.name / experiment / configuration / method
-        planned = self.preset["mlp_fmnist"]["trials"]
-        found = []
-        for path in sorted(folder.glob("trial*/run.json")):
-            found.append((common.read_run(path.parent), path.parent))
-        self.missing += [(experiment, configuration, method, trial) for trial in range(planned)
-                         if trial not in {record["trial"] for record, _ in found}]
-        self.used += [record for record, _ in found]
+        found = [(common.read_run(path.parent), path.parent)
+                 for path in sorted(folder.glob("trial*/run.json"))]
+        for record, path in found:
+            self.refuse_difference(trained(found[0][0]), trained(record), path)
+        there = {record["trial"] for record, _ in found}
+        self.missing |= {(experiment, configuration, method, trial): None
+                         for trial in range(self.block["trials"]) if trial not in there}
+        self.used |= {path: record for record, path in found}
         return found
+
+    def refuse_difference(self, one, other, folder):
+        """Runs of other settings must not meet in a mean, nor in a figure."""
+        if found := common.difference(one, other):
+            key, value, another = found
+            raise common.Refused(f"{self.results / self.name} mixes runs with {key} {value!r} and "
+                                 f"{another!r}, as in {folder}: remove those of one kind")
 
     def curves(self, configuration, method):
         """The robustness curves of one method by trial: x (X,) and mean error over repeats (X,)."""
         found = self.runs(f"robustness-{self.drop}", configuration, method)
-        if len(found) < self.preset["mlp_fmnist"]["trials"]:        # is it trained at all?
-            used, self.used = self.used, []
+        if len(found) < self.block["trials"]:                       # is it trained at all?
+            used = dict(self.used)
             self.runs("mlp_fmnist", configuration, method)
             self.used = used
         histories = [common.load_history(folder) for _, folder in found]
         x = "probability" if self.drop == "probability" else "dropped"
-        return [(history[x], history["error"].mean(0)) for history in histories]
+        return [(history[x], 100 * history["error"].mean(0)) for history in histories]
 
     def lambdas(self, configuration):
         """The lambdas planned for a configuration, and any others that were run."""
-        there = (self.results / self.name / "mlp_fmnist" / configuration).glob("joint-*")
-        return sorted({float(path.name.split("-")[1]) for path in there}
-                      | set(self.preset["mlp_fmnist"]["lambdas"]))
+        there = (self.results / self.name / "mlp_fmnist" / configuration).glob("joint-*/trial*")
+        return sorted({float(path.parent.name.removeprefix("joint-")) for path in there}
+                      | set(self.block["lambdas"]))
 
-    def point(self, configuration, method, key="test_ensemble_error"):
+    def point(self, configuration, method, key="test_ensemble_error", name="test_error_percent"):
         """One number of a configuration and method over its trials, as a row of a figure's CSV."""
         results = [record["result"] for record, _ in self.runs("mlp_fmnist", configuration, method)]
-        values = [result[key] for result in results if result["diverged_at_epoch"] is None]
+        scale = 100 if name.endswith("_percent") else 1
+        values = [scale * r[key] for r in results if r["diverged_at_epoch"] is None]
         mean, error = mean_and_error(values)
         return {"configuration": configuration, "method": method, "n": len(values),
-                "diverged": len(results) - len(values), key: mean, "standard_error": error}
+                "diverged": len(results) - len(values), name: mean, "standard_error": error}
 
     def provenance(self):
-        """One line that says what was used. Raises Refused if runs of other settings are mixed."""
-        trained = [record["settings"].get("trained", record["settings"]) for record in self.used]
-        for key in ("data", "epochs", "train", "validation", "test", "batch", "seed"):
-            values = {str(settings[key]) for settings in trained}
-            if len(values) > 1:
-                raise common.Refused(f"{self.results / self.name} mixes runs with {key} "
-                                     f"{' and '.join(sorted(values))}: keep one of them")
-        s = trained[0]
-        data = "SYNTHETIC STAND-IN DATA" if s["data"]["source"] == "synthetic" else (
-            f"{s['data']['name']} (real)")
+        """Two lines that say what was used. Raises Refused if runs of other settings are mixed."""
+        shared = ("data", "epochs", "train", "validation", "test", "batch", "momentum",
+                  "weight_decay", "seed")
+        settings = {path: {key: trained(record)[key] for key in shared}
+                    for path, record in self.used.items()}
+        s = next(iter(settings.values()))
+        for path, other in settings.items():
+            self.refuse_difference(s, other, path)
+        records = self.used.values()
+        data = f"{s['data']['name']} (real)" if self.real() else "SYNTHETIC STAND-IN DATA"
         images = f"{s['train']:,} training images" if s["train"] else "all training images"
-        trials = len({record["trial"] for record in self.used})
-        devices = ", ".join(sorted({record["machine"]["device"] for record in self.used}))
-        commits = ", ".join(sorted({str(record["machine"]["commit"]) for record in self.used}))
+        trials = len({record["trial"] for record in records})
+        devices = ", ".join(sorted({record["machine"]["device"] for record in records}))
+        commits = ", ".join(sorted({str(record["machine"]["commit"]) for record in records}))
+        diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in records)
+        note = f" · {diverged} diverged, left out of the means" if diverged else ""
         return (f"{data} · preset {self.name}: {images}, {s['epochs']} epochs, {trials} "
-                f"trial{'s' * (trials != 1)}\n{devices} · commit {commits}")
+                f"trial{'s' * (trials != 1)}{note}\n{devices} · commit {commits}")
 
     def real(self):
         """Only beside results on the real data do the paper's numbers mean anything."""
-        return all(record["settings"]["data"]["source"] == "real" for record in self.used)
+        return all(trained(record)["data"]["source"] == "real" for record in self.used.values())
 
     def commands(self):
         """What makes the missing runs."""
         def flags(runs):
             names = dict.fromkeys(configuration for _, configuration, _, _ in runs)
-            lambdas = sorted({float(m.split("-")[1]) for _, _, m, _ in runs if "-" in m})
-            return f"--preset {self.name} --only {' '.join(names)}" + (
-                f" --lambdas {' '.join(f'{lam:g}' for lam in lambdas)}" if lambdas else "")
+            lambdas = sorted({float(method.removeprefix("joint-")) for _, _, method, _ in runs
+                              if method.startswith("joint-")})
+            return " ".join([
+                f"--preset {self.name} --only {' '.join(names)}",
+                *(["--lambdas", *map(common.lambda_name, lambdas)] if lambdas else []),
+                *(["--results", str(self.results)] if self.results != Path("results") else [])])
 
-        trained = [run for run in self.missing if run[0] == "mlp_fmnist"]
-        dropped = [run for run in self.missing if run[0] != "mlp_fmnist"]
-        if trained:
-            methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in trained)
-            yield f"python train_mlp_fmnist.py {flags(trained)} --methods {' '.join(methods)}"
-        if dropped:
-            yield f"python robustness.py {flags(dropped)}" + (
+        training = [run for run in self.missing if run[0] == "mlp_fmnist"]
+        dropping = [run for run in self.missing if run[0] != "mlp_fmnist"]
+        if training:
+            methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in training)
+            yield (f"python train_mlp_fmnist.py {flags(training)} --methods {' '.join(methods)}"
+                   + ("" if self.real() else " --data synthetic"))
+        if dropping:
+            yield f"python robustness.py {flags(dropping)}" + (
                 "" if self.drop == "example" else f" --drop {self.drop}")
+
+    def what_is_missing(self):
+        """A line for every configuration and method, with its trials."""
+        trials = {}
+        for experiment, configuration, method, trial in self.missing:
+            kind = "" if experiment == "mlp_fmnist" else f" {experiment}"
+            trials.setdefault(f"{configuration} {method}{kind}", []).append(str(trial))
+        return [f"{what}, trial {' '.join(which)}" for what, which in trials.items()]
+
+
+def trained(record):
+    """The settings that a run was trained with; of a robustness run, the run that it measured."""
+    return record["settings"].get("trained", record["settings"])
 
 
 def mean_and_error(values, axis=None):
@@ -140,8 +169,7 @@ def mean_and_error(values, axis=None):
 # --- Figures -----------------------------------------------------------------------------------
 
 def percent(row):
-    """A `Study.point` of an error in percent."""
-    return row["test_ensemble_error"] * 100, row["standard_error"] * 100
+    return row["test_error_percent"], row["standard_error"]
 
 
 def lambda_axis(ax, lambdas):
@@ -173,9 +201,9 @@ def fig2(study):
                "joint-1": "End-to-end\nλ = 1", "joint-0.95": "Joint\nλ = 0.95"}
     rows = [study.point("256x4H", method) for method in methods]
     colours = [GREY, GREY, BLUE, ORANGE, GREEN]
-    printed = PUBLISHED["fig2"]["test_error"]
+    printed = study.published["fig2"]["test_error_percent"]
     for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-        row["published"] = printed["256x4H"].get(row["method"], "")
+        row["published_percent"] = printed["256x4H"].get(row["method"], "")
         mean, error = percent(row)
         if row["n"]:
             ax.bar(x, mean, 0.62, color=colour, alpha=0.85,
@@ -185,13 +213,15 @@ def fig2(study):
         else:
             ax.annotate("not run", (x, 0), (0, 4), textcoords="offset points", ha="center")
     single_network(ax, study, rows)
-    rows[-1]["published"] = printed["1x1024H"]["joint-1"]
+    rows[-1]["published_percent"] = printed["1x1024H"]["joint-1"]
     if study.real():
-        marked = [(x, row["published"]) for x, row in enumerate(rows[:-1]) if row["published"]]
-        ax.plot(*zip(*marked, strict=True), **PAPER, label="printed in the paper")
-        ax.axhline(rows[-1]["published"], color="black", linewidth=0.8, linestyle=":",
-                   label=f"printed in the paper, 1x1024H ({rows[-1]['published']} %)")
+        at = list(methods)
+        ax.plot([at.index(method) for method in printed["256x4H"]], printed["256x4H"].values(),
+                **PAPER, label="printed in the paper")
+        ax.axhline(printed["1x1024H"]["joint-1"], color="black", linewidth=0.8, linestyle=":",
+                   label=f"printed in the paper, 1x1024H ({printed['1x1024H']['joint-1']} %)")
     ax.set_xticks(range(len(methods)), methods.values())
+    ax.set_xlim(-0.5, len(methods) - 0.5)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.28)
     ax.set_ylabel("test error (%)")
     ax.set_title("256x4H ensembles and one large network", fontsize=9)
@@ -202,11 +232,13 @@ def fig2(study):
 def fig3(study):
     """Fig. 3: test error against lambda, four ways to spend 815,000 parameters."""
     fig, ax = plt.subplots()
-    rows, printed, every = [], PUBLISHED["fig2"]["test_error"]["256x4H"], set()
+    rows, every = [], set()
+    printed = study.published["fig2"]["test_error_percent"]
     for configuration, style in zip(("256x4H", "64x16H", "16x64H"), STYLES, strict=True):
         lambdas = study.lambdas(configuration)
         every |= set(lambdas)
-        points = [study.point(configuration, f"joint-{lam:g}") for lam in lambdas]
+        points = [study.point(configuration, f"joint-{common.lambda_name(lam)}")
+                  for lam in lambdas]
         rows += points
         drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
         if drawn:
@@ -216,11 +248,11 @@ def fig3(study):
     single_network(ax, study, rows)
     for row in rows:
         own = row["configuration"] == "256x4H"
-        row["published"] = printed.get(row["method"], "") if own else ""
-    rows[-1]["published"] = PUBLISHED["fig2"]["test_error"]["1x1024H"]["joint-1"]
+        row["published_percent"] = printed["256x4H"].get(row["method"], "") if own else ""
+    rows[-1]["published_percent"] = printed["1x1024H"]["joint-1"]
     if study.real():
-        ax.plot([float(method.split("-")[1]) for method in printed], printed.values(), **PAPER,
-                label="256x4H, printed in the paper")
+        ax.plot([float(method.removeprefix("joint-")) for method in printed["256x4H"]],
+                printed["256x4H"].values(), **PAPER, label="256x4H, printed in the paper")
     lambda_axis(ax, sorted(every))
     ax.set_ylabel("test error (%)")
     return fig, rows
@@ -234,10 +266,9 @@ def robustness_figure(study, configuration):
         if not curves:
             continue
         x = curves[0][0]
-        mean, error = mean_and_error([100 * errors for _, errors in curves], 0)
-        lam = float(method.split("-")[1])
+        mean, error = mean_and_error([errors for _, errors in curves], 0)
         ax.plot(x, mean, **style, markevery=max(1, len(x) // 12), markersize=4,
-                label=f"λ = {lam:g}")
+                label=f"λ = {method.removeprefix('joint-')}")
         ax.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
         share = x if study.drop == "probability" else x / (x[-1] + 1)
         rows += [{"configuration": configuration, "method": method, "n": len(curves),
@@ -275,10 +306,10 @@ def fig9(study):
     rows, lambdas = [], study.lambdas("64x16H")
     for key, label, style in (("test_mean_member_loss", "mean of the members", STYLES[1]),
                               ("test_ensemble_loss", "ensemble", STYLES[0])):
-        points = [study.point("64x16H", f"joint-{lam:g}", key) for lam in lambdas]
-        rows += [{"loss": key, **{("mean" if k == key else k): v for k, v in row.items()}}
-                 for row in points]
-        drawn = [(lam, row[key], row["standard_error"])
+        points = [study.point("64x16H", f"joint-{common.lambda_name(lam)}", key, "cross_entropy")
+                  for lam in lambdas]
+        rows += [{"loss": key, **row} for row in points]
+        drawn = [(lam, row["cross_entropy"], row["standard_error"])
                  for lam, row in zip(lambdas, points, strict=True) if row["n"]]
         if drawn:
             x, mean, error = zip(*drawn, strict=True)
@@ -322,12 +353,10 @@ def save(fig, rows, study, path):
     """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot."""
     provenance = study.provenance()
     common.make_writable(path.parent)
-    diverged = sum(row.get("diverged", 0) for row in rows)
-    note = f" · {diverged} diverged runs left out, see the CSV" if diverged else ""
     if fig.axes[0].get_legend_handles_labels()[0]:
         fig.axes[0].legend(frameon=False)
     fig.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))
-    fig.text(0.01, 0.012, provenance + note, fontsize=5.5, color=GREY)
+    fig.text(0.01, 0.012, provenance, fontsize=5.5, color=GREY)
     write_csv(path.with_suffix(".csv"),
               [{**row, "provenance": provenance.replace("\n", " · ")} for row in rows])
     common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
@@ -350,29 +379,32 @@ def main():
     wanted = [common.nearest(figure, FIGURES, "figure") for figure in args.figures or FIGURES]
     common.nearest(args.drop, common.DROPS, "value of --drop")
     common.load_preset(name)
-    folder, undrawn = args.figures_dir / name, 0
+    folder, made = args.figures_dir / name, {"complete": [], "incomplete": [], "NOT DRAWN": []}
     for figure in wanted:
         study = Study(args.results, name, args.drop)
         fig, rows = FIGURES[figure](study)
-        drawn = bool(study.used)
-        if drawn:
-            other = figure in ("fig7", "fig8") and args.drop != "example"
-            path = folder / (f"{figure}-{args.drop}" if other else figure)
+        other = figure in ("fig7", "fig8") and args.drop != "example"
+        path = folder / (f"{figure}-{args.drop}" if other else figure)
+        if study.used:
             save(fig, rows, study, path)
-            print(f"{figure}: {path}.pdf, .png, .csv")
         plt.close(fig)
-        undrawn += not drawn
+        state = ("incomplete" if study.missing else "complete") if study.used else "NOT DRAWN"
+        made[state].append(figure)
+        print(f"{figure}: {state}" + (f", {path}.pdf, .png, .csv" if study.used else ""))
+        if not study.used and path.with_suffix(".pdf").exists():
+            print(f"  {path}.pdf is of an earlier drawing")
         if study.missing:
-            _, configuration, method, trial = study.missing[0]
-            print(f"{figure}: {'incomplete' if drawn else 'NOT DRAWN'}, {len(study.missing)} runs "
-                  f"are missing, the first {configuration} {method} trial {trial}; to make them:")
-            for command in study.commands():
-                print(f"    {command}")
+            print(f"  {len(study.missing)} runs are missing:")
+            print(*(f"    {line}" for line in study.what_is_missing()), sep="\n")
+            print("  to make them:")
+            print(*(f"    {command}" for command in study.commands()), sep="\n")
     if runs := list(list_runs(args.results, name)):
         common.make_writable(folder)
         write_csv(folder / "runs.csv", runs)
-        print(f"{len(runs)} training runs, each on one line: {folder / 'runs.csv'}")
-    sys.exit(1 if undrawn else 0)
+        print(f"all {len(runs)} training runs, a line each: {folder / 'runs.csv'}")
+    print("figures: " + "; ".join(f"{state}: {' '.join(which)}" for state, which in made.items()
+                                  if which))
+    sys.exit(1 if made["NOT DRAWN"] else 0)
 
 
 if __name__ == "__main__":

@@ -98,13 +98,18 @@ def main():
     common.nearest(args.drop, common.DROPS, "value of --drop")
     preset = common.choose_preset(args.preset)
     repeats = common.load_preset(preset)["robustness"]["repeats"]
+    planned = [key for block in common.load_preset(preset).values() if isinstance(block, dict)
+               for key in block.get("configurations", [])]
+    for word in args.only or []:
+        common.nearest(word, planned, "configuration")
     trained = list(trained_runs(preset, args))
     if not trained:
         raise common.Refused(f"{args.results / preset} holds no trained weights of that selection: "
                              f"make them with `python train_mlp_fmnist.py --preset {preset}`")
     runs = [robustness_run(record, folder, args.drop, repeats, args.seed)
             for record, folder in trained]
-    done = [common.finished(run, args.results) for run in runs]
+    done = [common.finished(run, args.results, "remove that folder to measure it anew")
+            for run in runs]
     print(f"robustness: {len(runs)} trained runs, {sum(done)} measured before", flush=True)
     if args.dry_run:
         for run, is_done in zip(runs, done, strict=True):

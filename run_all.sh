@@ -41,10 +41,6 @@ while [ $# -gt 0 ]; do
       what=$1; shift ;;
   esac
 done
-case $what in
-  ""|paper|short|quick|smoke|test) ;;
-  *) refuse "unknown preset '$what': expected paper, short, quick, smoke, or test" ;;
-esac
 
 # --- A Python with the packages ----------------------------------------------------------------
 
@@ -72,18 +68,17 @@ for candidate in python3 python python3.13 python3.12 python3.11; do
 done
 [ -n "$python" ] || refuse "no Python 3.11 or newer was found (the python3 here is \
 $(python3 --version 2>&1)): install one, from python.org or your system"
+venv=$PWD/.venv/bin/python
 if fits "$python"; then
   why="the active Python has the packages"
 else
-  venv=$PWD/.venv/bin/python
-  stamp=.venv/${requirements//\//-}
-  if ! cmp -s "$requirements" "$stamp"; then
+  if ! fits "$venv"; then
     echo "setting up .venv with $requirements (about a minute online, 5 GB): the active Python \
 ($("$python" --version 2>&1)) has not all packages in tested versions"
-    "$python" -m venv --without-pip .venv &&
+    "$python" -m venv --clear --without-pip .venv &&
       "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check \
         -r "$requirements" &&
-      cp "$requirements" "$stamp" ||
+      fits "$venv" ||
       refuse "the packages of $requirements could not be installed into .venv: the lines above say \
 why; be online, or activate a Python that has them"
   fi
@@ -99,9 +94,10 @@ fi
 
 # --- The study ---------------------------------------------------------------------------------
 
-default=$("$python" - "$device" <<'EOF'
+default=$("$python" - "$what" "$device" <<'EOF'
 import common, sys
-common.command_line(lambda: common.choose_device(sys.argv[1]))
+common.command_line(lambda: (common.load_preset(sys.argv[1] or "paper"),
+                             common.choose_device(sys.argv[2])))
 print(common.choose_preset(None))
 EOF
 ) || exit 2
@@ -141,7 +137,7 @@ stage "figures" "$python" make_figures.py --preset "$what" "${draw[@]}"
 
 echo
 if [ ${#failed[@]} = 0 ]; then
-  echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: every figure above was made"
+  echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 else
   echo "NOT COMPLETE after $((SECONDS / 60)) min $((SECONDS % 60)) s; failed:"
   printf '  %s\n' "${failed[@]}"

@@ -51,15 +51,21 @@ def refused(outcome, *words):
     (["--set", "momentum=.nan"], ["momentum=.nan", "[0, 1)"]),
     (["--set", "penalties=[1, -1]"], ["penalties", "numbers above 0"]),
     (["--set", "bagging=[", "lambdas=[0, 2]"], ["bagging=[", "weights, resample"]),
-    (["--set", "train=70000", "--data", "real"], ["70000"]),
-    (["--set", "test=70000", "train=100", "--data", "real"], ["70000"]),
+    (["--set", "folds=600"], ["folds 600", "500 images"]),
     (["--only", "1x1024H", "--methods", "bagging"], ["no run is left", "1x1024H"]),
+    (["--data-dir", "nowhere"], ["nowhere", "synthetic", "--data real"]),
     (["--unknown"], ["--unknown", "--help"]),
     (["--data", "real", "--data-dir", "nowhere"], ["nowhere", "not a folder", "Fashion-MNIST"]),
 ])
-def test_bad_arguments(script, fashion_mnist, arguments, words):
+def test_bad_arguments(script, arguments, words):
     preset = [] if "--preset" in arguments else ["--preset", "smoke"]
     refused(script(train_mlp_fmnist, *preset, *arguments), *words)
+
+
+@pytest.mark.parametrize("size", ["train", "validation", "test"])
+def test_more_images_than_there_are(script, fashion_mnist, size):
+    refused(script(train_mlp_fmnist, *SMALL, "--data", "real", "--set", f"{size}=70000"), size,
+            "70000", "presets.yaml")
 
 
 def test_an_empty_data_folder(script, tmp_path_factory):
@@ -78,6 +84,7 @@ def test_cuda_without_a_gpu(script):
     (make_figures, ["--preset", "papr"], ["'papr'", "did you mean paper?"]),
     (make_figures, ["--drop", "al"], ["'al'", "example, set, probability"]),
     (robustness, ["--drop", "exmple"], ["'exmple'", "did you mean example?"]),
+    (robustness, ["--only", "256x4"], ["'256x4'", "did you mean 256x4H?"]),
     (robustness, ["--preset", "smoke"], ["no trained weights", "python train_mlp_fmnist.py"]),
 ])
 def test_bad_arguments_of_the_other_scripts(script, module, arguments, words):
@@ -125,6 +132,36 @@ def test_a_presets_file_that_is_none(tmp_path, text):
         common.load_preset("quick", path)
 
 
+def test_a_configuration_without_methods_to_train(script, monkeypatch, tmp_path_factory):
+    test_bad_presets(script, monkeypatch, tmp_path_factory, lambda p: [
+        c.update(methods=["bagging"], members=1)
+        for c in p["paper"]["mlp_fmnist"]["configurations"].values()], ["no run is left"])
+
+
+def test_lambdas_that_differ_in_the_eighth_digit_are_two(script):
+    assert script(train_mlp_fmnist, *SMALL, "--lambdas", 1, "0.9999999", "1e-05")[0] == 0
+    assert sorted(path.parent.parent.name for path in Path().rglob("run.json")) == [
+        "joint-0.00001", "joint-0.9999999", "joint-1"]
+    status, out, _ = script(make_figures, "fig3", "--preset", "smoke")
+    assert status == 0 and "fig3: incomplete" in out
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "history.npz"])
+@pytest.mark.parametrize("keep", [0, 0.5, -1])
+def test_a_file_that_is_not_whole(script, name, keep):
+    select = ("--preset", "smoke", "--only", "64x16H", "--trials", 1)
+    assert script(train_mlp_fmnist, *select, "--epochs", 1, "--lambdas", 0)[0] == 0
+    if name == "history.npz":
+        assert script(robustness, *select)[0] == 0
+    path = next(path for path in sorted(Path().rglob(name))
+                if name == "weights.pt" or "robustness-example" in path.parts)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(keep * len(content)) if keep >= 0 else -1])
+    status, _, err = script(*((robustness, *select) if name == "weights.pt" else
+                              (make_figures, "fig8", "--preset", "smoke")))
+    assert status == 2 and err.count("\n") == 1 and str(path) in err and "remove" in err
+
+
 def test_results_from_other_settings(script):
     assert script(train_mlp_fmnist, *SMALL, "--lambdas", 0)[0] == 0
     before = sorted(Path().rglob("*"))
@@ -142,7 +179,7 @@ def test_a_record_that_is_not_whole(script):
     (path,) = Path().rglob("run.json")
     path.write_text(path.read_text()[:40])
     status, _, err = script(train_mlp_fmnist, *SMALL, "--lambdas", 0)
-    assert status == 2 and str(path) in err and "remove the folder" in err
+    assert status == 2 and str(path) in err and f"remove {path.parent}" in err
 
 
 def test_a_results_folder_that_cannot_be_written(script, tmp_path):

@@ -48,6 +48,8 @@ def test_files_may_be_plain_or_compressed_and_lie_where_torchvision_puts_them(fo
     (lambda path: path.write_bytes(path.read_bytes()[:100_000]), "truncated"),
     (lambda path: path.write_bytes(gzip.compress(b"\0" * 1000)), "wrong SHA-256"),
     (lambda path: path.write_bytes(b"not gzip"), "cannot be read"),
+    (lambda path: path.write_bytes(path.read_bytes()[:200_000] + b"\xff" * 4096
+                                   + path.read_bytes()[204_096:]), "damaged|wrong SHA-256"),
     (lambda path: path.unlink(), f"without {IMAGES}"),
 ])
 @pytest.mark.parametrize("policy", ["real", "auto"])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_the_output_says_what_was_chosen_planned_and_made(study):
     assert "48 runs, 0 finished, 48 to do: about" in lines and "MB" in lines
     assert lines.rstrip().splitlines()[-1].startswith("done in ")
     for figure in FIGURES:
-        assert f"{figure}.pdf, .png, .csv" in lines
+        assert f"{figure}: complete, {study}/figures/smoke/{figure}.pdf, .png, .csv" in lines
+    assert "figures: complete: fig2 fig3 fig7 fig8 fig9" in lines
 
 
 def test_a_run_says_all_that_decided_its_numbers(study):
@@ -93,7 +95,7 @@ def test_a_run_says_all_that_decided_its_numbers(study):
             history["validation_ensemble_error"].min())
 
 
-def expected(study, configuration, method, key="test_ensemble_error"):
+def expected(study, configuration, method, key):
     values = [record["result"][key] for record, folder in records(study)
               if (record["configuration"], folder.parent.name) == (configuration, method)]
     assert len(values) == 2
@@ -105,9 +107,9 @@ def test_errors_equal_the_run_folders(study, figure, rows):
     found = table(study, figure)
     assert len(found) == rows
     for row in found:
-        mean, error = expected(study, row["configuration"], row["method"])
-        assert float(row["test_ensemble_error"]) == pytest.approx(mean, abs=1e-15)
-        assert float(row["standard_error"]) == pytest.approx(error, abs=1e-15)
+        mean, error = expected(study, row["configuration"], row["method"], "test_ensemble_error")
+        assert float(row["test_error_percent"]) == pytest.approx(100 * mean, abs=1e-12)
+        assert float(row["standard_error"]) == pytest.approx(100 * error, abs=1e-12)
         assert row["n"] == "2" and row["diverged"] == "0"
         assert "SYNTHETIC STAND-IN" in row["provenance"]
 
@@ -117,7 +119,7 @@ def test_fig9_equals_the_run_folders(study):
     assert len(found) == 2 * 7
     for row in found:
         mean, error = expected(study, "64x16H", row["method"], row["loss"])
-        assert float(row["mean"]) == pytest.approx(mean)
+        assert row["n"] == "2" and float(row["cross_entropy"]) == pytest.approx(mean)
         assert float(row["standard_error"]) == pytest.approx(error)
 
 
@@ -136,7 +138,8 @@ def test_robustness_equals_the_run_folders(study, figure, configuration, members
         assert [int(row["dropped"]) for row in mine] == list(range(members))
         assert float(mine[-1]["dropped_percent"]) == 100 * (members - 1) / members
         np.testing.assert_allclose([float(row["test_error_percent"]) for row in mine], mean)
-        assert mean[0] == pytest.approx(100 * expected(study, configuration, method)[0])
+        assert mean[0] == pytest.approx(
+            100 * expected(study, configuration, method, "test_ensemble_error")[0])
 
 
 def test_one_run_alone_equals_the_same_run_in_the_study(study, script):
@@ -199,8 +202,9 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(study, script):
     status, out, _ = script(make_figures, "fig3", "fig7", "--preset", "smoke")
-    assert status == 1 and "fig3: NOT DRAWN, 44 runs are missing" in out
-    assert not Path("figures").exists()
+    assert status == 1 and "fig3: NOT DRAWN\n  44 runs are missing:" in out
+    assert out.splitlines()[-1] == "figures: NOT DRAWN: fig3 fig7"
+    assert "    64x16H joint-0.8, trial 0 1\n" in out and not Path("figures").exists()
     train3, train7, drop7 = (line.split()[1:] for line in out.splitlines()
                              if line.startswith("    python"))
     for (name, *arguments), runs in ((train3, 44), (train7, 6)):
@@ -216,10 +220,11 @@ def test_a_figure_draws_what_there_is(study, script, tmp_path):
     part = Path("smoke", "mlp_fmnist", "256x4H", "joint-0", "trial0")
     (tmp_path / "results" / part).symlink_to(study / "results" / part)
     status, out, _ = script(make_figures, "fig2", "--preset", "smoke")
-    assert status == 0 and "fig2: incomplete, 11 runs are missing" in out
+    assert status == 0 and "fig2: incomplete, figures/smoke/fig2.pdf" in out
+    assert "11 runs are missing" in out and "--data synthetic" in out
     rows = {row["method"]: row for row in table(tmp_path, "fig2")}
     assert rows["joint-0"]["n"] == "1" and rows["joint-0"]["standard_error"] == "nan"
-    assert rows["bagging"]["n"] == "0" and rows["bagging"]["test_ensemble_error"] == "nan"
+    assert rows["bagging"]["n"] == "0" and rows["bagging"]["test_error_percent"] == "nan"
 
 
 def altered_copy(study, target, change):
@@ -233,11 +238,23 @@ def altered_copy(study, target, change):
         (target / folder / "run.json").write_text(json.dumps(record))
 
 
-def test_runs_of_other_settings_never_share_a_mean(study, script, tmp_path):
-    altered_copy(study, tmp_path, lambda record: record["settings"].update(epochs=99))
+@pytest.mark.parametrize("key", ["epochs", "momentum", "lr", "train", "seed", "hidden"])
+def test_runs_of_other_settings_never_share_a_mean(study, script, tmp_path, key):
+    altered_copy(study, tmp_path, lambda record: record["settings"].update({key: 99}))
     status, _, err = script(make_figures, "fig2", "--preset", "smoke")
-    assert status == 2 and "mixes runs with epochs" in err and err.count("\n") == 1
+    assert status == 2 and f"mixes runs with {key}" in err and err.count("\n") == 1
     assert not Path("figures").exists()
+
+
+def test_runs_of_other_settings_never_share_a_figure(study, script, tmp_path):
+    for method, momentum in (("joint-0", 0.9), ("joint-0.5", 0.1)):
+        folder = Path("results", "smoke", "mlp_fmnist", "256x4H", method, "trial0")
+        record = json.loads((study / folder / "run.json").read_text())
+        record["settings"]["momentum"] = momentum
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(record))
+    status, _, err = script(make_figures, "fig3", "--preset", "smoke")
+    assert status == 2 and "mixes runs with momentum 0.9 and 0.1" in err
 
 
 def test_a_diverged_run_is_counted_and_not_averaged(study, script, tmp_path):
@@ -245,7 +262,23 @@ def test_a_diverged_run_is_counted_and_not_averaged(study, script, tmp_path):
     status, _, _ = script(make_figures, "fig2", "--preset", "smoke")
     rows = {row["method"]: row for row in table(tmp_path, "fig2")}
     assert status == 0 and (rows["joint-0"]["n"], rows["joint-0"]["diverged"]) == ("1", "1")
-    assert not math.isnan(float(rows["joint-0"]["test_ensemble_error"]))
+    assert not math.isnan(float(rows["joint-0"]["test_error_percent"]))
+    assert "1 diverged, left out of the means" in rows["joint-0"]["provenance"]
+
+
+@pytest.mark.parametrize("source, marks", [("real", 2), ("synthetic", 0)])
+def test_the_papers_numbers_are_marked_beside_real_data_only(study, tmp_path, source, marks):
+    def change(record):
+        record["settings"]["data"] = {"name": "Fashion-MNIST", "source": source}
+    altered_copy(study, tmp_path, change)
+    shutil.rmtree(tmp_path / "results/smoke/mlp_fmnist/256x4H/joint-0/trial0")
+    for figure in (make_figures.fig2, make_figures.fig3):
+        fig, rows = figure(make_figures.Study(tmp_path / "results", "smoke", "example"))
+        labels = [label for label in fig.axes[0].get_legend_handles_labels()[1] if "paper" in label]
+        assert len(labels) == (marks if figure is make_figures.fig2 else marks // 2)
+        (own,) = (row for row in rows if (row["configuration"], row["method"]) == (
+            "256x4H", "joint-0"))
+        assert own["published_percent"] == 16.3 != own["test_error_percent"]
 
 
 def test_mean_and_standard_error():

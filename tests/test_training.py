@@ -205,6 +205,12 @@ def test_the_reported_epoch_is_the_first_minimum_of_validation_error(data):
         ensemble, data, data.test_images, data.test_labels)["ensemble_error"]
 
 
+def test_of_equal_epochs_the_first_is_reported(data):
+    """At a learning rate that moves nothing every epoch has the same validation error."""
+    _, history, epoch, _ = common.train(EXPERIMENT, a_run(lr=1e-12, epochs=3), data)
+    assert len({validation["ensemble_error"] for _, validation in history}) == 1 and epoch == 1
+
+
 def test_test_labels_decide_nothing(data, tmp_path):
     """With other test labels the same weights, epoch and stacking penalty come out."""
     shuffled = replace(data, test_labels=data.test_labels.flip(0))
@@ -234,6 +240,41 @@ def test_stacking_starts_from_plain_averaging(data, tmp_path):
     result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
     # Only the bias, which is not penalised, can have moved.
     assert result["test_ensemble_loss"] == pytest.approx(joint["test_ensemble_loss"], abs=0.1)
+
+
+def test_the_penalty_of_stacking_is_chosen_on_images_held_out(data, tmp_path):
+    """The stored loss of a penalty is that of combiners fitted without the images it is read on."""
+    common.do_run(EXPERIMENT, a_run(weights=True), data, tmp_path, lambda *_: None)
+    run = a_run("stacking", stacking="validation", folds=2, penalties=[100.0, 0.1, 1e-3])
+    result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
+    stored = common.load_history(tmp_path / run.path)
+    assert stored["penalty"].tolist() == [100.0, 0.1, 1e-3]
+    assert result["penalty"] == stored["penalty"][stored["cross_validated_loss"].argmin()]
+
+    _, held_out = common.split(400, 0, 100, 300)
+    ensemble, _ = common.new_ensemble(EXPERIMENT, run, data)
+    ensemble.load_state_dict(common.load_weights(tmp_path / a_run().path, "cpu"))
+    x = common.predict(ensemble, data, data.train_images[held_out]).flatten(1).double()
+    y = data.train_labels[held_out]
+    fold = torch.randperm(100, generator=run.generator("folds")) % 2
+    average = torch.eye(10, dtype=torch.double).repeat(1, 4) / 4
+    losses = []
+    for k in (0, 1):
+        step, bias = (torch.zeros(size, dtype=torch.double, requires_grad=True)
+                      for size in ((10, 40), 10))
+        newton = torch.optim.LBFGS([step, bias], max_iter=2000, tolerance_change=0,
+                                   line_search_fn="strong_wolfe")
+
+        def closure(k=k, step=step, bias=bias, newton=newton):
+            newton.zero_grad()
+            logits = F.linear(x[fold != k], average + step, bias)
+            loss = F.cross_entropy(logits, y[fold != k]) + 0.1 * step.square().sum()
+            loss.backward()
+            return loss
+        newton.step(closure)
+        logits = F.linear(x[fold == k], average + step, bias)
+        losses.append(F.cross_entropy(logits, y[fold == k]).item())
+    assert stored["cross_validated_loss"][1] == pytest.approx(sum(losses) / 2, rel=1e-3)
 
 
 def test_a_diverged_run_is_recorded_and_leaves_no_numbers(data, tmp_path):
