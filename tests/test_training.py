@@ -274,7 +274,7 @@ def test_the_penalty_of_stacking_is_chosen_on_images_held_out(data, tmp_path):
         newton.step(closure)
         logits = F.linear(x[fold == k], average + step, bias)
         losses.append(F.cross_entropy(logits, y[fold == k]).item())
-    assert stored["cross_validated_loss"][1] == pytest.approx(sum(losses) / 2, rel=1e-3)
+    assert stored["cross_validated_loss"][1] == pytest.approx(sum(losses) / 2, rel=5e-3)
 
 
 def test_a_diverged_run_is_recorded_and_leaves_no_numbers(data, tmp_path):
