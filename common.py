@@ -844,8 +844,8 @@ def stack(experiment, run, data, results):
         logits = F.linear(x, averaging + step, bias).unsqueeze(1)                  # (N, 1, K)
         test.add(logits, targets, *cross_entropies(logits, targets))
     return (test.summary(), {"penalty": penalties, "cross_validated_loss": losses},
-            {"penalty": chosen, "penalty_is_outermost": chosen in (penalties[0], penalties[-1]),
-             "diverged_at_epoch": None})
+            {"penalty": chosen, "diverged_at_epoch": None, "penalty_is_outermost":
+             len(penalties) > 1 and chosen in (penalties[0], penalties[-1])})
 
 
 # --- Run folders -------------------------------------------------------------------------------
@@ -1000,7 +1000,10 @@ def seconds_per(work, repeats, device):
 
 
 def cost(experiment, run, data):
-    """Seconds and bytes that a run will take, from a few of its own steps on the device at hand."""
+    """What a run will take, from a few of its own steps on the device at hand.
+
+    Returns seconds, bytes of its history and bytes of its weights, should they be kept.
+    """
     s, device = run.settings, data.device
     ensemble, optimizer = new_ensemble(experiment, run, data)
     scores = Scores(s["members"], device)
@@ -1016,13 +1019,13 @@ def cost(experiment, run, data):
     n = s["train"] or len(data.train_labels) - s["validation"]
     if run.method == "stacking":        # a fit costs about as much as a dozen evaluations
         fits = s["folds"] * len(s["penalties"]) + 1
-        return 12 * fits * example * (s["validation"] if s["stacking"] == "validation" else n), 0
+        return 12 * fits * example * (
+            s["validation"] if s["stacking"] == "validation" else n), 0, 0
     step = seconds(lambda: training_step(
         ensemble, optimizer, scores, data.normalise(data.train_images[index]),
         data.train_labels[index], run.lam), 2 if own else 15)
-    size = 4 * sum(p.numel() for p in ensemble.parameters()) if run.weights else 0
     return (s["epochs"] * (math.ceil(n / s["batch"]) * step + s["validation"] * example),
-            size + 16 * s["epochs"] * s["members"])
+            16 * s["epochs"] * s["members"], 4 * sum(p.numel() for p in ensemble.parameters()))
 
 
 def duration(seconds):
@@ -1031,20 +1034,21 @@ def duration(seconds):
 
 
 def plan(experiment, runs, to_do, data):
-    """Prints what is to be done and what it takes; returns (seconds, bytes) of each run to do."""
-    known = {}
+    """Prints what is to be done and what it takes; returns the seconds of each run to do."""
+    known, seconds, size = {}, [], 0
     for run in to_do:
         kind = (run.configuration, run.method)
         if kind not in known:
             known[kind] = cost(experiment, run, data)
-    costs = [known[run.configuration, run.method] for run in to_do]
-    seconds, size = (sum(c) for c in zip(*costs, strict=True)) if costs else (0, 0)
+        time_taken, history, weights = known[kind]
+        seconds.append(time_taken)
+        size += history + run.weights * weights
     name, source = data.description["name"], data.description["source"]
     print(f"{experiment.name}: {len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} "
-          f"to do: about {duration(seconds)}, {size / 1e6:.0f} MB\n"
+          f"to do: about {duration(sum(seconds))}, {size / 1e6:.0f} MB\n"
           f"  on {machine(data.device)['device']} ({data.device.type}, {torch.get_num_threads()} "
           f"threads), with {name} ({source}; {data.origin})", flush=True)
-    return costs
+    return seconds
 
 
 class Progress:
@@ -1217,12 +1221,12 @@ def train_missing(experiment, runs, data, args):
     to_do = [run for run in runs if not finished(run, args.results)]
     if not args.dry_run:
         make_writable(args.results)
-    costs = plan(experiment, runs, to_do, data)
+    seconds = plan(experiment, runs, to_do, data)
     if args.dry_run:
         for run in runs:
             print(f"  {run.label}: {'to do' if run in to_do else 'finished'}")
         return
-    progress = Progress([seconds for seconds, _ in costs])
+    progress = Progress(seconds)
     for run in to_do:
         progress.start(run)
         progress.finish(do_run(experiment, run, data, args.results, progress.epoch))
@@ -1244,6 +1248,9 @@ def command_line(main):
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                 # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:                # the disk is full, a folder went away
         print(f"error: {error}; what was finished is kept: mend this and give the same command "
               "again", file=sys.stderr)

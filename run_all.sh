@@ -52,11 +52,13 @@ requirements=requirements.txt tools=""
 fits() {
   "$1" - $tools 2>/dev/null <<'EOF'
 import importlib.util, sys
-tested = {"torch": "2.11.", "torchvision": "0.26.", "numpy": "2.", "matplotlib": "3.", "yaml": "6."}
-ok = all(importlib.import_module(name).__version__.startswith(version)
-         for name, version in tested.items())
-ok = ok and all(importlib.util.find_spec(name) for name in sys.argv[1:])
-sys.exit(not (ok and sys.version_info >= (3, 11)))
+tested = {"torch": ("2.11", "2.11"), "torchvision": ("0.26", "0.26"), "numpy": ("2.0", "2.4"),
+          "matplotlib": ("3.9", "3.11"), "yaml": ("6.0", "6.0")}
+def release(text):
+    return tuple(map(int, text.split(".")[:2]))
+ok = all(release(oldest) <= release(importlib.import_module(name).__version__) <= release(newest)
+         for name, (oldest, newest) in tested.items())
+sys.exit(not (ok and all(map(importlib.util.find_spec, sys.argv[1:]))))
 EOF
 }
 
@@ -70,7 +72,7 @@ done
 $(python3 --version 2>&1)): install one, from python.org or your system"
 venv=$PWD/.venv/bin/python
 if fits "$python"; then
-  why="the active Python has the packages"
+  why="the active Python, which has the packages"
 else
   if ! fits "$venv"; then
     echo "setting up .venv with $requirements (about a minute online, 5 GB): the active Python \
@@ -82,7 +84,7 @@ else
       refuse "the packages of $requirements could not be installed into .venv: the lines above say \
 why; be online, or activate a Python that has them"
   fi
-  python=$venv why=".venv has the packages"
+  python=$venv why=".venv, with the packages of $requirements"
 fi
 
 # --- The tests ---------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ else
   [ "$default" = short ] && found="can use a CUDA GPU" || found="can use no CUDA GPU"
   echo "preset $what, because torch $found here; others: bash run_all.sh paper|short|quick|smoke"
 fi
-echo "python $(command -v "$python"): $why"
+echo "$("$python" --version): $why"
 
 failed=()
 stage() {                       # stage NAME COMMAND...: a stage that fails does not stop the others

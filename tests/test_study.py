@@ -198,6 +198,13 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     assert kept and not [path for path in tmp_path.rglob(".*")], "half-written files are left"
 
 
+def test_output_that_nobody_reads_any_more(tmp_path):
+    plan = f"'{sys.executable}' '{ROOT}/train_mlp_fmnist.py' --preset smoke --dry-run"
+    done = subprocess.run(f"{plan} | head -n 1", shell=True, cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.stdout.startswith("mlp_fmnist: 48 runs") and done.stderr == ""
+
+
 # --- Figures from less than a whole study ------------------------------------------------------
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(study, script):
