@@ -75,9 +75,9 @@ if fits "$python"; then
   why="the active Python, which has the packages"
 else
   if ! fits "$venv"; then
-    echo "setting up .venv with $requirements (about a minute online, 5 GB): the active Python \
+    echo "setting up .venv with $requirements (a minute or two online, 5 GB): the active Python \
 ($("$python" --version 2>&1)) has not all packages in tested versions"
-    "$python" -m venv --clear --without-pip .venv &&
+    { [ -x "$venv" ] || "$python" -m venv --clear --without-pip .venv; } &&
       "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check \
         -r "$requirements" &&
       fits "$venv" ||
