@@ -22,6 +22,7 @@ import functools
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -851,12 +852,19 @@ def stack(experiment, run, data, results):
 # --- Run folders -------------------------------------------------------------------------------
 
 def write(path, save):
-    """Writes a file under a temporary name and renames it: what has the name is whole."""
+    """Writes a file under a temporary name and renames it: what has the name is whole.
+
+    Raises Refused if it cannot be written: the disk is full, or the folder is gone.
+    """
+    content = io.BytesIO()          # in memory first: torch.save hides a full disk's OSError
+    save(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            save(file)
+        temporary.write_bytes(content.getbuffer())
         temporary.replace(path)
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {error.strerror}; what was finished is kept: "
+                      "make room, and give the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1251,7 +1259,7 @@ def command_line(main):
     except BrokenPipeError:                 # whoever read the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:                # the disk is full, a folder went away
+    except OSError as error:                # a folder went away, or may not be read
         print(f"error: {error}; what was finished is kept: mend this and give the same command "
               "again", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,19 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     assert process.returncode == 130 and err.strip().startswith("stopped") and "Trace" not in err
     kept = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
     assert kept and not [path for path in tmp_path.rglob(".*")], "half-written files are left"
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path):
+    """A limit of 100 kB a file stands in for the disk: weights of 3 MB do not fit."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = subprocess.run([sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke",
+                           "--only", "256x4H", "--lambdas", "0", "--trials", "1"], cwd=tmp_path,
+                          capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "weights.pt cannot be written: File too large" in done.stderr
+    assert not list(tmp_path.rglob("*weights.pt*"))
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_output_that_nobody_reads_any_more(tmp_path):
