@@ -50,16 +50,23 @@ class Study:
         self.published = yaml.safe_load((common.HERE / "published.yaml").read_text())
         self.used, self.missing = {}, {}    # folder -> run.json; (experiment, configuration, ...)
 
-    def runs(self, experiment, configuration, method):
-        """(run.json, folder) by trial of the finished runs of one method ("joint-0.95", ...)."""
+    def find(self, experiment, configuration, method):
+        """(run.json, folder) by trial of the finished runs of one method; notes what is missing."""
         folder = self.results / self.name / experiment / configuration / method
         found = [(common.read_run(path.parent), path.parent)
                  for path in sorted(folder.glob("trial*/run.json"))]
-        for record, path in found:
-            self.refuse_difference(trained(found[0][0]), trained(record), path)
         there = {record["trial"] for record, _ in found}
         self.missing |= {(experiment, configuration, method, trial): None
                          for trial in range(self.block["trials"]) if trial not in there}
+        return found
+
+    def runs(self, experiment, configuration, method):
+        """`find`, for runs that are to be drawn: those of one method must have equal settings."""
+        found = self.find(experiment, configuration, method)
+        settings = [{key: value for key, value in record["settings"].items() if key != "weights"}
+                    for record, _ in found]         # a robustness run names the weights it measured
+        for other, (_, path) in zip(settings, found, strict=True):
+            self.refuse_difference(settings[0], other, path)
         self.used |= {path: record for record, path in found}
         return found
 
@@ -74,9 +81,7 @@ class Study:
         """The robustness curves of one method by trial: x (X,) and mean error over repeats (X,)."""
         found = self.runs(f"robustness-{self.drop}", configuration, method)
         if len(found) < self.block["trials"]:                       # is it trained at all?
-            used = dict(self.used)
-            self.runs("mlp_fmnist", configuration, method)
-            self.used = used
+            self.find("mlp_fmnist", configuration, method)
         histories = [common.load_history(folder) for _, folder in found]
         x = "probability" if self.drop == "probability" else "dropped"
         return [(history[x], 100 * history["error"].mean(0)) for history in histories]
@@ -176,7 +181,7 @@ def lambda_axis(ax, lambdas):
     """Spreads 0.9 ... 1 apart: lambda is drawn at -log10(1.01 - lambda)."""
     ax.set_xscale("function", functions=(lambda x: -np.log10(np.clip(1.01 - x, 1e-3, None)),
                                          lambda y: 1.01 - 10.0 ** -y))
-    ax.set_xticks(lambdas, [f"{x:g}" for x in lambdas])
+    ax.set_xticks(lambdas, [common.lambda_name(x) for x in lambdas])
     ax.set_xticks([], minor=True)
     ax.set_xlim(-0.12, 1.0012)
     ax.set_xlabel("λ  (0: independent, 1: end-to-end; not to scale)")
@@ -378,7 +383,6 @@ def main():
     name = common.choose_preset(args.preset)
     wanted = [common.nearest(figure, FIGURES, "figure") for figure in args.figures or FIGURES]
     common.nearest(args.drop, common.DROPS, "value of --drop")
-    common.load_preset(name)
     folder, made = args.figures_dir / name, {"complete": [], "incomplete": [], "NOT DRAWN": []}
     for figure in wanted:
         study = Study(args.results, name, args.drop)

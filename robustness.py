@@ -97,8 +97,9 @@ def main():
     args = p.parse_args()
     common.nearest(args.drop, common.DROPS, "value of --drop")
     preset = common.choose_preset(args.preset)
-    repeats = common.load_preset(preset)["robustness"]["repeats"]
-    planned = [key for block in common.load_preset(preset).values() if isinstance(block, dict)
+    blocks = common.load_preset(preset)
+    repeats = blocks["robustness"]["repeats"]
+    planned = [key for block in blocks.values() if isinstance(block, dict)
                for key in block.get("configurations", [])]
     for word in args.only or []:
         common.nearest(word, planned, "configuration")

@@ -278,6 +278,16 @@ def test_runs_of_other_settings_never_share_a_figure(study, script, tmp_path):
     assert status == 2 and "mixes runs with momentum 0.9 and 0.1" in err
 
 
+def test_robustness_of_other_repeats_never_shares_a_mean(study, script, tmp_path):
+    shutil.copytree(study / "results", "results")
+    (path, *_) = Path("results").glob("smoke/robustness-example/256x4H/joint-1/trial1/run.json")
+    record = json.loads(path.read_text())
+    record["settings"]["repeats"] = 99
+    path.write_text(json.dumps(record))
+    status, _, err = script(make_figures, "fig7", "--preset", "smoke")
+    assert status == 2 and "mixes runs with repeats 3 and 99" in err
+
+
 def test_a_diverged_run_is_counted_and_not_averaged(study, script, tmp_path):
     altered_copy(study, tmp_path, lambda record: record.update(result={"diverged_at_epoch": 1}))
     status, _, _ = script(make_figures, "fig2", "--preset", "smoke")
