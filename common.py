@@ -15,6 +15,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (someone will try)
     sys.exit(2)
 
 import argparse
+import collections
+import contextlib
 import copy
 import datetime
 import difflib
@@ -28,6 +30,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -86,45 +89,53 @@ COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), "a whole number of at least 
 RATE = (lambda x: _is((int, float), 0)(x) and 0 < x < math.inf, "a number above 0")
 FRACTION = (_is((int, float), 0, 1), "a number in [0, 1]")
 LAMBDAS = (_all(FRACTION[0]), "a list of numbers in [0, 1]")
-METHODS = ("joint", "bagging", "stacking")
-POLICIES = ("real", "auto", "synthetic")
+SWITCH = (lambda x: isinstance(x, bool), "true or false")
+METHODS = ("joint", "independent", "bagging", "stacking")
+POLICIES = ("real", "auto", "synthetic", "folder")
 
 
 def _one_of(words):
     return lambda x: x in words, "one of " + ", ".join(words)
 
 
-SETTINGS = {  # what an experiment's block in presets.yaml may hold, and what each value must be
+PRECISION = _one_of(("fp32", "bf16", "auto"))      # auto: bf16 where the device computes in it
+SETTINGS = {  # what an experiment's block in presets.yaml holds, and what each value must be
+    "dataset": (lambda x: isinstance(x, str) and x in DATASETS, "a data set of common.DATASETS"),
     "trials": COUNT, "epochs": COUNT, "batch": COUNT,
-    "train": COUNT_OR_ALL, "validation": COUNT, "test": COUNT_OR_ALL,
+    "train": COUNT_OR_ALL, "test": COUNT_OR_ALL,
+    "validation": (_is(int, 0), "a whole number of at least 0"),
+    "augment": SWITCH,
     "momentum": (_is((int, float), 0, 0.999999), "a number in [0, 1)"),
+    "nesterov": SWITCH,
     "weight_decay": (lambda x: _is((int, float), 0)(x) and x < math.inf, "a number of at least 0"),
-    "lambdas": LAMBDAS,
+    "decay": (lambda x: x == [] or _all(lambda share: RATE[0](share) and share < 1)(x),
+              "a list of shares of the epochs, each above 0 and below 1 (the end)"),
     "bagging": _one_of(("weights", "resample")),
     "stacking": _one_of(("validation", "training")),
     "folds": (_is(int, 2), "a whole number of at least 2"),
     "penalties": (_all(RATE[0]), "a list of numbers above 0"),
     "tune": (_all(RATE[0]), "a list of numbers above 0"),
 }
-CONFIGURATION = {  # what each configuration may hold; its script adds the sizes of its network
-    "members": COUNT,
+CONFIGURATION = {  # what each configuration has; its script adds the keys of its network. What is
+    "members": COUNT,                       # the same for all may stand in the experiment's block.
     "lr": (lambda x: isinstance(x, dict) and x != {} and all(map(FRACTION[0], x))
            and max(x) == 1 and all(map(RATE[0], x.values())),
            "learning rates per range of lambda, the last of them for 1"),
     "methods": (_all(lambda x: x in METHODS), "a list of " + ", ".join(METHODS)),
+    "lambdas": LAMBDAS,
     "weights": (lambda x: x == [] or LAMBDAS[0](x), "a list of lambdas whose weights are kept"),
 }
 ROBUSTNESS = {"repeats": COUNT}
 
 
-def _check(block, schema, where):
+def _check(block, schema, where, optional=()):
     if not isinstance(block, dict):
         raise Refused(f"presets.yaml: {where} is {block!r}: expected a block of settings")
     for key, value in block.items():
-        nearest(key, schema, f"key in presets.yaml, {where}")
-        test, expected = schema[key]
-        if not test(value):
-            raise Refused(f"presets.yaml, {where}.{key}: {value!r} is not {expected}")
+        if nearest(key, [*schema, *optional], f"key in presets.yaml, {where}") in schema:
+            test, expected = schema[key]
+            if not test(value):
+                raise Refused(f"presets.yaml, {where}.{key}: {value!r} is not {expected}")
     missing = [key for key in schema if key not in block]
     if missing:
         raise Refused(f"presets.yaml, {where}: {missing[0]} is missing")
@@ -157,16 +168,51 @@ def load_preset(name, path=HERE / "presets.yaml"):
     return preset
 
 
-def experiment_settings(preset, name, experiment):
-    """The block of one experiment in a preset (`load_preset`), every value of it checked."""
+def experiment_settings(preset, name, experiment, changes=()):
+    """The block of one experiment in a preset (`load_preset`), every value of it checked.
+
+    Each of its configurations comes with what stands in the block for all of them. `changes` are
+    the KEY=VALUE of --set, which hold for all, and CONFIGURATION.KEY=VALUE, for one.
+    """
     if experiment.name not in preset:
         raise Refused(f"presets.yaml: {name} has no block '{experiment.name}'")
     block, where = preset[experiment.name], f"{name}.{experiment.name}"
-    _check(block, SETTINGS | {"configurations": (lambda x: isinstance(x, dict) and x != {},
-                                                 "a block of configurations")}, where)
+    own = CONFIGURATION | experiment.network
+    _check(block, SETTINGS | {"configurations": (
+        lambda x: isinstance(x, dict) and x != {} and all(isinstance(c, dict) for c in x.values()),
+        "a block of configurations")}, where, optional=own)
+    shared = {key: block[key] for key in own if key in block}
+    block = {key: value for key, value in block.items() if key not in own}
+    block["configurations"] = {key: shared | values
+                               for key, values in block["configurations"].items()}
+    for change in changes:
+        _change(block, change, own)
     for key, values in block["configurations"].items():
-        _check(values, CONFIGURATION | experiment.network, f"{where}.configurations.{key}")
+        _check(values, own, f"{where}.configurations.{key}")
     return block
+
+
+def _change(block, change, own):
+    """Makes one change of --set, read as YAML, in the block of an experiment."""
+    name, _, text = change.partition("=")
+    configuration, _, key = name.rpartition(".")
+    test, expected = (SETTINGS | own)[nearest(key, [*SETTINGS, *own], "key in --set")]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = math.nan
+    if not test(value):
+        raise Refused(f"--set {change}: '{text}' is not {expected}")
+    if configuration:
+        nearest(configuration, block["configurations"], "configuration in --set")
+    if key in own:
+        for each in [configuration] if configuration else block["configurations"]:
+            block["configurations"][each] = block["configurations"][each] | {key: value}
+    elif configuration:
+        raise Refused(f"--set {change}: {key} holds for all configurations; leave "
+                      f"'{configuration}.' out")
+    else:
+        block[key] = value
 
 
 # --- Runs --------------------------------------------------------------------------------------
@@ -180,7 +226,6 @@ class Experiment:
     `generator` draws the initial weights.
     """
     name: str
-    dataset: str          # a key of DATASETS
     network: dict         # the network's own keys in presets.yaml -> (test, what is expected)
     build: object
 
@@ -205,8 +250,8 @@ class Run:
     preset: str
     experiment: str
     configuration: str
-    method: str           # joint | bagging | stacking
-    lam: float            # lambda; 0 for bagging and stacking
+    method: str           # one of METHODS
+    lam: float            # lambda; 0 for the other methods
     trial: int
     settings: dict        # all that decides its numbers
     weights: bool         # are the trained weights kept?
@@ -226,7 +271,7 @@ class Run:
                     f"trial{self.trial}")
 
     def generator(self, purpose):
-        """A generator for one purpose: initialisation, order, bootstrap, folds or drop.
+        """A generator for one purpose: initialisation, order, augmentation, bootstrap, folds, drop.
 
         It depends on (experiment, configuration, trial, --seed) and nothing else, so the lambdas
         of one trial share their initial weights and their order, and a run alone equals the same
@@ -258,35 +303,47 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     """
     names = dict.fromkeys(only or block["configurations"])
     methods = methods or (["joint"] if lambdas else None)
-    lambdas = dict.fromkeys(lambdas or block["lambdas"])
-    shared = {k: block[k] for k in ("epochs", "train", "validation", "test", "batch", "momentum",
-                                    "weight_decay")}
+    shared = {k: block[k] for k in ("dataset", "epochs", "train", "validation", "test", "batch",
+                                    "momentum", "nesterov", "weight_decay", "decay", "augment")}
     own = {"bagging": ["bagging"], "stacking": ["stacking", "folds", "penalties"]}
     runs = []
     for trial in range(block["trials"]):
         for name in names:
             c = block["configurations"][name]
             chosen = methods or c["methods"]
-            wanted = [("joint", lam) for lam in lambdas if "joint" in chosen]
+            wanted = [("joint", lam) for lam in dict.fromkeys(lambdas or c["lambdas"])
+                      if "joint" in chosen]
             if c["members"] == 1:
                 wanted = [("joint", 1)] if wanted else []
             else:
                 if "stacking" in chosen and ("joint", 0) not in wanted:
                     wanted.append(("joint", 0))
-                wanted += [(m, 0) for m in ("bagging", "stacking") if m in chosen]
+                wanted += [(m, 0) for m in METHODS[1:] if m in chosen]
             for method, lam in wanted:
                 settings = {"data": data, "seed": seed, "members": c["members"],
                             **{k: c[k] for k in experiment.network},
                             "lr": learning_rate(c["lr"], lam), **shared,
                             **{k: block[k] for k in own.get(method, [])}}
+                if method == "independent":
+                    settings |= own_rate(settings)
                 weights = method == "joint" and (
                     lam in c["weights"] or (lam == 0 and "stacking" in chosen))
                 runs.append(Run(preset, experiment.name, name, method, lam, trial, settings,
                                 weights))
     if not runs:
-        raise Refused(f"no run is left of {' '.join(names)}: bagging and stacking need more than "
-                      "one member; name other --methods or configurations")
+        raise Refused(f"no run is left of {' '.join(names)}: bagging, stacking and independent "
+                      "need more than one member; name other --methods or configurations")
     return runs
+
+
+def own_rate(settings):
+    """What makes lambda 0 train each member at the rate and the weight decay of `settings`.
+
+    SGD on the sum of the members' losses at rate r and decay d. The loss at lambda 0 is that sum
+    over M: so its gradient takes M times the rate, and the decay, which is not divided by M, d / M.
+    """
+    return {"lr": settings["lr"] * settings["members"],
+            "weight_decay": settings["weight_decay"] / settings["members"]}
 
 
 # --- Data --------------------------------------------------------------------------------------
@@ -294,7 +351,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
 @dataclass
 class Data:
     """uint8 images (n, C, H, W), labels (n,); mean and std (C, 1, 1) of pixels in [0, 1]."""
-    description: dict     # name, source (real | synthetic), checksum or seed: a setting of a run
+    description: dict     # name, source (real | synthetic | folder), checksum or seed: a setting
     origin: str           # where it was found: told, but it decides no number
     classes: int
     train_images: torch.Tensor
@@ -376,12 +433,138 @@ def read_fashion_mnist(folder):
                 torch.tensor(0.2860).view(1, 1, 1), torch.tensor(0.3530).view(1, 1, 1))
 
 
+CIFAR_MEAN_AND_STD = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def read_cifar(name, folder):
+    """CIFAR-10 or -100 from a folder with torchvision's archive, or what it unpacks to, or None.
+
+    `name` is the dataset's class in torchvision, which checks the MD5 of every file. Raises Refused
+    if the archive or its content is incomplete, truncated or not the data set's own.
+    """
+    dataset = getattr(torchvision.datasets, name)
+    archive, unpacked = folder / dataset.filename, folder / dataset.base_folder
+    if not archive.is_file() and not unpacked.is_dir():
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        where = folder
+        if not unpacked.is_dir():
+            where = scratch
+            if not torchvision.datasets.utils.check_integrity(archive, dataset.tgz_md5):
+                raise Refused(f"{archive} has the wrong MD5 (expected {dataset.tgz_md5}): it is "
+                              "truncated or damaged; fetch it anew, or remove it")
+            torchvision.datasets.utils.extract_archive(str(archive), scratch)
+        try:
+            train, test = (dataset(where, train=part, download=False) for part in (True, False))
+        except RuntimeError as error:               # torchvision's "not found or corrupted"
+            raise Refused(f"{unpacked} is incomplete or damaged (a file is missing or has the "
+                          f"wrong MD5): remove it and put {dataset.filename} into {folder}"
+                          ) from error
+    description = DATASETS["CIFAR-100" if name == "CIFAR100" else "CIFAR-10"].description
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in CIFAR_MEAN_AND_STD[name])
+    (images, labels), (test_images, test_labels) = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test))
+    return Data(description, str(folder), len(train.classes), images, labels, test_images,
+                test_labels, mean, std)
+
+
+def read_image_folder(folder):
+    """Images in `folder`/train/<class>/ and `folder`/test/<class>/, in RGB, all of one size.
+
+    They are decoded once and kept under data/, and come in one random order, the same every time.
+    Raises Refused on what is not of this form, naming the file or class.
+    """
+    if not folder.is_dir():
+        raise Refused(f"--data-dir {folder} is not a folder: expected one with train/<class>/ and "
+                      "test/<class>/ images")
+    parts = []
+    for part in ("train", "test"):
+        for path in sorted((folder / part).glob("*/*")):
+            if not path.name.startswith(".") and not torchvision.datasets.folder.is_image_file(
+                    path.name):
+                raise Refused(f"{path} is not an image that torchvision reads (its name does not "
+                              "end like one): move it out of there")
+        try:
+            parts.append(torchvision.datasets.ImageFolder(folder / part))
+        except FileNotFoundError as error:          # no classes, or one without images
+            raise Refused(f"{folder / part} is no folder of images ({str(error).splitlines()[0]}): "
+                          f"expected {part}/<class>/ with images in each") from error
+    train, test = parts
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise Refused(f"{folder}: class '{odd}' is in one of train/ and test/ and not in the "
+                      "other: both must have the same classes")
+    if len(train.classes) < 2:
+        raise Refused(f"{folder}/train has one class, '{train.classes[0]}': at least two folders "
+                      "of images were expected")
+    state = hashlib.sha256()
+    for path, _ in train.samples + test.samples:
+        stat, name = os.stat(path), os.path.relpath(path, folder)
+        state.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    cache = DEFAULT_DATA_DIR / f"folder-{state.hexdigest()[:16]}.npz"
+    if cache.is_file():
+        with np.load(cache, allow_pickle=False) as file:
+            arrays = dict(file)
+    else:
+        arrays = _decode(folder, train, test)
+        try:
+            DEFAULT_DATA_DIR.mkdir(parents=True, exist_ok=True)
+            write(cache, lambda file: np.savez(file, **arrays))
+        except (OSError, Refused) as error:
+            print(f"data: the decoded images are not kept for the next time ({error})", flush=True)
+    checksum = hashlib.sha256()
+    for array in arrays.values():
+        checksum.update(array)
+    images, labels, test_images, test_labels = map(torch.from_numpy, arrays.values())
+    description = {"name": f"images of folder {folder.resolve().name}", "source": "folder",
+                   "classes": len(train.classes), "sha256": checksum.hexdigest()}
+    return Data(description, str(folder), len(train.classes), images, labels, test_images,
+                test_labels, *pixel_statistics(images))
+
+
+def _decode(folder, train, test):
+    """The arrays of two torchvision ImageFolders, each in one random order."""
+    print(f"data: decoding {len(train) + len(test)} images of {folder}, once", flush=True)
+    shape, arrays = None, {}
+    for name, part in (("train", train), ("test", test)):
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0)).tolist()
+        images = None
+        for row, i in enumerate(order):
+            path, _ = part.samples[i]
+            try:
+                pixels = np.asarray(part.loader(path))              # (H, W, 3)
+            except OSError as error:
+                raise Refused(f"{path} cannot be decoded ({error}): mend or remove it") from error
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                raise Refused(f"{path} is {pixels.shape[1]}x{pixels.shape[0]} and others are "
+                              f"{shape[1]}x{shape[0]}: all images must have one size")
+            images = np.empty((len(part), 3, *shape[:2]), np.uint8) if images is None else images
+            images[row] = pixels.transpose(2, 0, 1)
+        arrays |= {f"{name}_images": images, f"{name}_labels": np.array(part.targets)[order]}
+    return arrays
+
+
+def pixel_statistics(images):
+    """Mean and std (C, 1, 1) of uint8 images (n, C, H, W) as pixels in [0, 1], exactly."""
+    counts = torch.stack([images[:, c].flatten().bincount(minlength=256)
+                          for c in range(images.shape[1])]).double()
+    values, n = torch.arange(256) / 255, counts.sum(1)
+    mean = counts @ values.double() / n
+    std = ((counts * (values - mean[:, None]).square()).sum(1) / n).sqrt()
+    return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
+
+
 def synthetic(classes, shape, train, test, seed=0):
     """A stand-in made from a seed: it has the form of the real data and some of its difficulty.
 
     Every class is three smooth prototypes. An image is one of them, moved by up to two pixels and
-    faded, over part of a prototype of another class, in noise. One boundary per class does not
-    separate that, as it does not separate clothes.
+    faded, in every other image as a negative, over part of a prototype of another class, in noise.
+    A linear network learns next to nothing of that, and a larger network more than a small one.
     """
     channels, size, _ = shape
     g = torch.Generator().manual_seed(seed)
@@ -393,6 +576,7 @@ def synthetic(classes, shape, train, test, seed=0):
     pick = torch.randint(modes, (2, n), generator=g)
     shift = torch.randint(5, (2, n), generator=g)
     fade = torch.rand(2, n, 1, 1, 1, generator=g)
+    sign = 2 * torch.randint(2, (n, 1, 1, 1), generator=g) - 1
     images = torch.empty(n, channels, size, size, dtype=torch.uint8)
     for dy in range(5):
         for dx in range(5):
@@ -400,14 +584,13 @@ def synthetic(classes, shape, train, test, seed=0):
             view = prototypes[:, :, dy:dy + size, dx:dx + size]
             own, foreign = (view[c[here] * modes + p[here]] for c, p in
                             ((labels, pick[0]), (other, pick[1])))
-            mixed = (0.5 + 0.5 * fade[0, here]) * own + 0.9 * fade[1, here] * foreign
+            mixed = (0.5 + 0.5 * fade[0, here]) * sign[here] * own + 0.9 * fade[1, here] * foreign
             mixed += 0.6 * torch.randn(mixed.shape, generator=g)
             images[here] = (128 + 40 * mixed).clamp_(0, 255).to(torch.uint8)
-    pixels = images[:train].float().div_(255)
     description = {"name": "synthetic stand-in", "source": "synthetic", "seed": seed}
     return Data(description, "made from a seed", classes,
                 images[:train], labels[:train], images[train:], labels[train:],
-                pixels.mean((0, 2, 3)).view(-1, 1, 1), pixels.std((0, 2, 3)).view(-1, 1, 1))
+                *pixel_statistics(images[:train]))
 
 
 @dataclass(frozen=True)
@@ -425,6 +608,15 @@ class Dataset:
     ways: str             # how else to get it, for a message
 
 
+def _cifar(name, torchvision_name, classes, md5):
+    return Dataset(
+        {"name": name, "source": "real", "md5": md5},
+        functools.partial(read_cifar, torchvision_name), None, torchvision_name, classes,
+        (3, 32, 32), 50000, 10000,
+        f"put torchvision's archive of it ({name.lower()}-python.tar.gz) into a folder and pass "
+        "--data-dir FOLDER; or images of your own: --data folder --data-dir FOLDER")
+
+
 DATASETS = {
     "Fashion-MNIST": Dataset(
         {"name": "Fashion-MNIST", "source": "real",
@@ -432,6 +624,8 @@ DATASETS = {
         read_fashion_mnist, DEBIAN_FASHION_MNIST, "FashionMNIST", 10, (1, 28, 28), 60000, 10000,
         "`apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or put the four files "
         "*-ubyte.gz of Fashion-MNIST into a folder and pass --data-dir FOLDER"),
+    "CIFAR-100": _cifar("CIFAR-100", "CIFAR100", 100, "eb9058c3a382ffc7106e4002c42a8d85"),
+    "CIFAR-10": _cifar("CIFAR-10", "CIFAR10", 10, "c58f30108f718f92721af3b95e74349a"),
 }
 
 
@@ -468,11 +662,11 @@ def _download(name, minutes):
 
 
 def find_data(name, policy, data_dir=None, download=True):
-    """The real data set, or None where the policy says to take the stand-in.
+    """The data set, or None where the policy says to take the stand-in.
 
     `data_dir` is a folder that must hold it; without one, data/ is looked at, then the system's
-    package, then torchvision downloads into data/. Under `real` a failure raises Refused; under
-    `auto` it is said, and the stand-in is taken.
+    package, then torchvision downloads into data/. Under `folder` it holds images of any kind.
+    Under `real` a failure raises Refused; under `auto` it is said, and the stand-in is taken.
     """
     dataset = DATASETS[name]
     if policy == "synthetic":
@@ -480,6 +674,11 @@ def find_data(name, policy, data_dir=None, download=True):
             raise Refused(f"--data-dir {data_dir}: the data is to be synthetic; add --data real to "
                           "read that folder, or leave it out")
         return None
+    if policy == "folder":
+        if data_dir is None:
+            raise Refused("--data folder: which one? Add --data-dir FOLDER, one with "
+                          "train/<class>/ and test/<class>/ images")
+        return read_image_folder(Path(data_dir))
     if data_dir is not None:
         data = dataset.read(Path(data_dir)) if Path(data_dir).is_dir() else None
         if data is None:
@@ -522,13 +721,14 @@ def load_data(name, policy, block, data_dir=None, download=True):
     available = n - block["validation"]
     if block["validation"] >= n or (block["train"] or 1) > available:
         raise Refused(f"train {block['train']} and validation {block['validation']} are more than "
-                      f"the {n} training images of {name}: lower one of them in presets.yaml")
+                      f"the {n} training images of {data.description['name']}: lower one of them "
+                      "in presets.yaml")
     if block["batch"] > (block["train"] or available):
         raise Refused(f"batch {block['batch']} is larger than the training split of "
                       f"{block['train'] or available} images: lower batch or raise train")
     if block["test"] and block["test"] > len(data.test_labels):
         raise Refused(f"test {block['test']} is more than the {len(data.test_labels)} test images "
-                      f"of {name}: lower it in presets.yaml")
+                      f"of {data.description['name']}: lower it in presets.yaml")
     data.test_images = data.test_images[:block["test"]]
     data.test_labels = data.test_labels[:block["test"]]
     return data
@@ -539,9 +739,33 @@ def split(n, trial, validation, train=None):
 
     It depends on the trial alone. `train` keeps the first so many of what is left to train on.
     """
-    held_out = np.random.RandomState(trial).choice(range(n), validation, replace=False)
+    held_out = np.random.RandomState(trial).choice(n, validation, replace=False)
     rest = np.setdiff1d(np.arange(n), held_out)[:train]
     return torch.from_numpy(rest), torch.from_numpy(held_out)
+
+
+PADDING = 4     # black pixels on each side of an image that is cropped
+
+
+def crop_and_flip(padded, rows, moves):
+    """Augmented images (..., C, H, W), one for each entry of rows (...), as torchvision makes them.
+
+    padded (n, C, H + 8, W + 8) uint8; moves (..., 3): top and left of the crop, each 0 to 8, and 1
+    where the image is flipped first. Equal to hflip, pad(4) and crop(top, left, H, W).
+    """
+    height, width = (size - 2 * PADDING for size in padded.shape[2:])
+    top, left, flip = (move.unsqueeze(-1) for move in moves.unbind(-1))
+    y = top + torch.arange(height, device=padded.device)                    # (..., H)
+    x = left + torch.arange(width, device=padded.device)                    # (..., W)
+    x = torch.where(flip == 1, padded.shape[3] - 1 - x, x)
+    images = padded[rows[..., None, None], :, y.unsqueeze(-1), x.unsqueeze(-2)]
+    return images.movedim(-1, -3)                                           # from (..., H, W, C)
+
+
+def draw_moves(shape, generator):
+    """The moves (*shape, 3) of `crop_and_flip`: uniform crops, every other image flipped."""
+    return torch.cat([torch.randint(2 * PADDING + 1, (*shape, 2), generator=generator),
+                      torch.randint(2, (*shape, 1), generator=generator)], -1)
 
 
 def bootstraps(n, members, generator):
@@ -643,20 +867,56 @@ def fused_joint_loss(member_logits, targets, lam, weights=None):
 class Ensemble(nn.Module):
     """M networks of any kind: images (N, C, H, W), or (N, M, C, H, W) -> member logits (N, M, K).
 
-    make() builds one network, whose initial weights are drawn as PyTorch draws them, from the
-    generator's seed and not from the global state.
+    make() builds one network, whose initial weights are drawn from the generator's seed and not
+    from the global state. Images and filters are laid out channels last, which convolutions on
+    both kinds of device prefer. At precision bf16 the networks run under autocast, with their
+    batch-norm statistics in fp32, and the logits come back as fp32.
     """
 
-    def __init__(self, make, members, generator):
+    def __init__(self, make, members, generator, precision="fp32"):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
             self.members = nn.ModuleList(make() for _ in range(members))
+        self.to(memory_format=torch.channels_last)
+        self.bf16 = precision == "bf16"
 
     def forward(self, images):
         shared = images.dim() == 4
-        return torch.stack([member(images if shared else images[:, m])
-                            for m, member in enumerate(self.members)], 1)
+        if shared:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with (torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else
+              contextlib.nullcontext()):
+            logits = [member(images if shared else images[:, m].contiguous(
+                memory_format=torch.channels_last)) for m, member in enumerate(self.members)]
+        logits = torch.stack(logits, 1)
+        return logits.float() if self.bf16 else logits
+
+
+def bf16_is_fast(device):
+    """Does the device multiply in bf16? (It computes in it in any case, if need be slowly.)"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_information("flags", "Features")))
+
+
+def cpu_information(*keys):
+    """The words of the first line of /proc/cpuinfo under one of the keys; none on other systems."""
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in keys:
+                return value.split()
+    return []
+
+
+@torch.no_grad()
+def distances(ensemble, untrained):
+    """(M,): how far each member of an `Ensemble` is from its initial weights, over their norm."""
+    def vector(member):
+        return torch.cat([p.flatten() for p in member.parameters()])
+    return torch.stack([(vector(one) - vector(other)).norm() / vector(other).norm()
+                        for one, other in zip(ensemble.members, untrained.members, strict=True)])
 
 
 # --- Scores ------------------------------------------------------------------------------------
@@ -694,7 +954,9 @@ class Scores:
                 "diversity": member_loss.mean() - ensemble_loss}
 
 
-EVALUATION_BATCH = 2000
+# Images at once, by device: on two cores 500 is within a few per cent of the best for the MLPs and
+# the DenseNets (their activations must stay in cache). Not measured on CUDA.
+EVALUATION_BATCH = {"cpu": 500, "cuda": 2000}
 
 
 @torch.no_grad()
@@ -702,8 +964,8 @@ def evaluate(ensemble, data, images, labels):
     """`Scores.summary` of an ensemble on images (n, C, H, W) with labels (n,)."""
     ensemble.eval()
     scores = None
-    for part, targets in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH),
-                             strict=True):
+    size = EVALUATION_BATCH[labels.device.type]
+    for part, targets in zip(images.split(size), labels.split(size), strict=True):
         member_logits = ensemble(data.normalise(part))
         scores = scores or Scores(member_logits.shape[1], labels.device)
         scores.add(member_logits, targets, *cross_entropies(member_logits, targets))
@@ -715,7 +977,8 @@ def predict(ensemble, data, images):
     """All member logits (n, M, K) of images (n, C, H, W)."""
     ensemble.eval()
     logits = None
-    for rows in torch.arange(len(images), device=images.device).split(EVALUATION_BATCH):
+    for rows in torch.arange(len(images), device=images.device).split(
+            EVALUATION_BATCH[images.device.type]):
         part = ensemble(data.normalise(images[rows]))
         if logits is None:      # one block: half a gigabyte for 256x4H on the training split
             logits = part.new_empty(len(images), *part.shape[1:])
@@ -740,46 +1003,64 @@ def new_ensemble(experiment, run, data):
     s = run.settings
     ensemble = experiment.build(s, data.shape, data.classes, run.generator("initialisation"))
     ensemble = ensemble.to(data.device)
-    return ensemble, torch.optim.SGD(ensemble.parameters(), lr=s["lr"], momentum=s["momentum"],
-                                     weight_decay=s["weight_decay"], fused=True)
+    return ensemble, torch.optim.SGD(
+        ensemble.parameters(), lr=s["lr"], momentum=s["momentum"], nesterov=s["nesterov"],
+        weight_decay=s["weight_decay"], fused=True)
+
+
+def rate_at(settings, epoch):
+    """The learning rate of an epoch, from 1: a tenth after each share of the epochs in `decay`."""
+    passed = sum(epoch > share * settings["epochs"] for share in settings["decay"])
+    return settings["lr"] * 0.1 ** passed
 
 
 def train(experiment, run, data, progress=lambda epoch, history: None):
-    """Trains one run by the paper's protocol (appendix B): early stopping on validation error.
+    """Trains one run by the paper's protocol (appendix B).
 
-    Returns the ensemble, with the weights of the reported epoch; the history, a pair of
-    `Scores.summary` an epoch (training, running over the epoch's steps, and validation); the
-    reported epoch, counted from 1; and the test scores there. The last two are None of a run whose
-    loss is no longer finite.
+    With a validation split the reported epoch is the first with the lowest validation error; with
+    none it is the last. Returns the ensemble, with the weights of that epoch; the history, a pair
+    of `Scores.summary` an epoch (training, running over the epoch's steps; and validation, or test
+    where there is no validation split); the reported epoch, counted from 1; and the test scores
+    there. The last two are None of a run whose loss is no longer finite.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(experiment, run, data)
     training, validation = (part.to(data.device) for part in split(
         len(data.train_images), run.trial, s["validation"], s["train"]))
-    held_out = data.train_images[validation], data.train_labels[validation]
+    images, labels = data.train_images[training], data.train_labels[training]
+    test = data.test_images, data.test_labels
+    held_out = (data.train_images[validation], data.train_labels[validation]
+                ) if s["validation"] else test
     n, bagging = len(training), s.get("bagging")
     if bagging:
         draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(data.device)
         counts = multiplicities(draws)
-    order = run.generator("order")
+    own = (s["members"],) if bagging == "resample" else ()      # members with images of their own
+    order, augmentation = run.generator("order"), run.generator("augmentation")
+    if s["augment"]:
+        images = F.pad(images, [PADDING] * 4)
     history, lowest = [], math.inf
     for epoch in range(1, s["epochs"] + 1):
+        optimizer.param_groups[0]["lr"] = rate_at(s, epoch)
+        moves = draw_moves((n, *own), augmentation).to(data.device) if s["augment"] else None
         ensemble.train()
         scores = Scores(s["members"], data.device)
         for rows in torch.randperm(n, generator=order).to(data.device).split(s["batch"]):
-            batch = training[draws[rows] if bagging == "resample" else rows]   # (N, M) or (N,)
-            training_step(ensemble, optimizer, scores, data.normalise(data.train_images[batch]),
-                          data.train_labels[batch], run.lam,
+            batch = draws[rows] if own else rows                                # (N, M) or (N,)
+            x = crop_and_flip(images, batch, moves[rows]) if s["augment"] else images[batch]
+            training_step(ensemble, optimizer, scores, data.normalise(x), labels[batch], run.lam,
                           counts[rows].float() if bagging == "weights" else None)
         history.append((scores.summary(), evaluate(ensemble, data, *held_out)))
         progress(epoch, history)
         if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1]):
             return ensemble, history, None, None
         error = history[-1][1]["ensemble_error"]
-        if error < lowest:                              # the first minimum, as the authors take it
+        if s["validation"] and error < lowest:          # the first minimum, as the authors take it
             lowest, reported, best = error, epoch, copy.deepcopy(ensemble.state_dict())
+    if not s["validation"]:
+        return ensemble, history, epoch, history[-1][1]
     ensemble.load_state_dict(best)
-    return ensemble, history, reported, evaluate(ensemble, data, data.test_images, data.test_labels)
+    return ensemble, history, reported, evaluate(ensemble, data, *test)
 
 
 def stack(experiment, run, data, results):
@@ -929,10 +1210,7 @@ def finished(run, results, remedy="use another --results folder, or remove that 
 
 def machine(device):
     """What a number depends on beside its settings, for run.json."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    cpu = (" ".join(cpu_information("model name")) or platform.processor() or platform.machine())
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
@@ -973,23 +1251,67 @@ def write_run(run, results, data, began, arrays, result, ensemble=None):
 
 
 def do_run(experiment, run, data, results, progress):
-    """Trains one run and writes its folder. Returns its result, as run.json has it."""
+    """Trains one run and writes its folder. Returns its result, as run.json has it.
+
+    Raises Refused, and writes nothing, if the device has too little memory.
+    """
     began, ensemble = time.perf_counter(), None
-    if run.method == "stacking":
-        test, arrays, result = stack(experiment, run, data, results)
-    else:
-        ensemble, history, epoch, test = train(experiment, run, data, progress)
-        arrays = {f"{part}_{key}": np.array([scores[i][key] for scores in history], np.float32)
-                  for i, part in enumerate(("train", "validation")) for key in history[0][i]}
-        result = {"epoch": epoch, "diverged_at_epoch": None if epoch else len(history)}
-        if epoch:
-            result["validation_error"] = history[epoch - 1][1]["ensemble_error"]
+    cuda = data.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with memory_told(run, data.device):
+        if run.method == "stacking":
+            test, arrays, result = stack(experiment, run, data, results)
+        else:
+            ensemble, history, epoch, test = train(experiment, run, data, progress)
+            arrays, result = reported(run, history, epoch)
+            if isinstance(ensemble, Ensemble):
+                arrays["member_distance"] = distances(
+                    ensemble, new_ensemble(experiment, run, data)[0]).cpu().numpy()
+    if cuda:
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     for key, value in (test or {}).items():
-        arrays[f"test_{key}"] = value
         if np.ndim(value) == 0:
             result[f"test_{key}"] = float(value)
+        else:
+            arrays[f"reported_test_{key}"] = value
     write_run(run, results, data, began, arrays, result, ensemble)
     return result
+
+
+def reported(run, history, epoch):
+    """What history.npz and run.json hold of a trained run's history: arrays with an axis (epoch)
+    or (epoch, member), by part of the data, and the reported epoch, None if the run diverged."""
+    second = "validation" if run.settings["validation"] else "test"
+    arrays = {f"{part}_{key}": np.array([scores[i][key] for scores in history], np.float32)
+              for i, part in enumerate(("train", second)) for key in history[0][i]}
+    result = {"epoch": epoch, "diverged_at_epoch": None if epoch else len(history)}
+    if epoch and run.settings["validation"]:
+        result["validation_error"] = history[epoch - 1][1]["ensemble_error"]
+    return arrays, result
+
+
+@contextlib.contextmanager
+def memory_told(run, device):
+    """Turns an error of too little memory into Refused, with how much was needed and the fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            free, total = torch.cuda.mem_get_info(device)
+            used = f"{(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory were in use"
+            asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        elif "can't allocate memory" in text:               # PyTorch's allocator on the CPU
+            used = "the machine's memory was full"
+            asked = re.search(r"tried to allocate (\d+ bytes)", text)
+        else:
+            raise
+        more = f" and {asked[1]} more were needed" if asked else ""
+        batch = run.settings["batch"]
+        raise Refused(f"{run.label}: {used}{more}: lower the batch (--set batch="
+                      f"{max(1, batch // 2)} instead of {batch}) or the members, or free memory; "
+                      "nothing of this run was written") from error
 
 
 # --- Plan and progress -------------------------------------------------------------------------
@@ -1008,6 +1330,14 @@ def seconds_per(work, repeats, device):
     return (time.perf_counter() - began) / repeats
 
 
+def seconds_about(work, device, limit=0.5):
+    """The time of one call of `work`, from as many calls as fit into about `limit` seconds."""
+    first = seconds_per(work, 1, device)                                # slower than the others
+    if first > limit:
+        return first
+    return seconds_per(work, 1 + int(limit / max(first, 0.01)), device)
+
+
 def cost(experiment, run, data):
     """What a run will take, from a few of its own steps on the device at hand.
 
@@ -1018,22 +1348,20 @@ def cost(experiment, run, data):
     scores = Scores(s["members"], device)
     own = (s["members"],) if s.get("bagging") == "resample" else ()
     index = torch.randint(len(data.train_labels), (s["batch"], *own), device=device)
-    part = data.train_images[:EVALUATION_BATCH], data.train_labels[:EVALUATION_BATCH]
-
-    def seconds(work, repeats):
-        work()                                          # the first is slower
-        return seconds_per(work, repeats, device)
-
-    example = seconds(lambda: evaluate(ensemble, data, *part), 2) / len(part[1])
+    size = EVALUATION_BATCH[device.type]
+    part = data.train_images[:size], data.train_labels[:size]
+    example = seconds_about(lambda: evaluate(ensemble, data, *part), device) / len(part[1])
     n = s["train"] or len(data.train_labels) - s["validation"]
     if run.method == "stacking":        # a fit costs about as much as a dozen evaluations
         fits = s["folds"] * len(s["penalties"]) + 1
         return 12 * fits * example * (
             s["validation"] if s["stacking"] == "validation" else n), 0, 0
-    step = seconds(lambda: training_step(
+    ensemble.train()
+    step = seconds_about(lambda: training_step(
         ensemble, optimizer, scores, data.normalise(data.train_images[index]),
-        data.train_labels[index], run.lam), 2 if own else 15)
-    return (s["epochs"] * (math.ceil(n / s["batch"]) * step + s["validation"] * example),
+        data.train_labels[index], run.lam), device)
+    held_out = s["validation"] or len(data.test_labels)
+    return (s["epochs"] * (math.ceil(n / s["batch"]) * step + held_out * example),
             16 * s["epochs"] * s["members"], 4 * sum(p.numel() for p in ensemble.parameters()))
 
 
@@ -1046,9 +1374,10 @@ def plan(experiment, runs, to_do, data):
     """Prints what is to be done and what it takes; returns the seconds of each run to do."""
     known, seconds, size = {}, [], 0
     for run in to_do:
-        kind = (run.configuration, run.method)
+        kind = (run.configuration, "joint" if run.method == "independent" else run.method)
         if kind not in known:
-            known[kind] = cost(experiment, run, data)
+            with memory_told(run, data.device):
+                known[kind] = cost(experiment, run, data)
         time_taken, history, weights = known[kind]
         seconds.append(time_taken)
         size += history + run.weights * weights
@@ -1086,7 +1415,8 @@ class Progress:
             return
         error = 100 * history[-1][1]["ensemble_error"]
         epochs = self.run.settings["epochs"]
-        self.say(f"epoch {epoch}/{epochs}, validation error {error:.1f} %, "
+        part = "validation" if self.run.settings["validation"] else "test"
+        self.say(f"epoch {epoch}/{epochs}, {part} error {error:.1f} %, "
                  f"about {duration(self.left(epoch / epochs))} left", living=self.live)
 
     def finish(self, result):
@@ -1160,10 +1490,15 @@ def training_parser(description):
                    help=f"these methods only: {', '.join(METHODS)}")
     p.add_argument("--epochs", type=count, metavar="N", help="so many epochs")
     p.add_argument("--data", help="real: the real data or nothing; auto: the stand-in where the "
-                   "real cannot be had in 5 minutes; synthetic: the stand-in; "
-                   "without it, the preset's policy")
+                   "real cannot be had in 5 minutes; synthetic: the stand-in; folder: the images "
+                   "in --data-dir, train/<class>/ and test/<class>/; without it, the preset's "
+                   "policy")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
-                   help="other values of the preset, e.g. bagging=resample, stacking=training")
+                   help="other values of the preset, e.g. bagging=resample; "
+                   "CONFIGURATION.KEY=VALUE for one configuration alone")
+    p.add_argument("--tune", action="store_true", help="tune the learning rate of every "
+                   "configuration and lambda on validation error, as the authors did, and print it "
+                   "as presets.yaml takes it")
     p.add_argument("--fetch", action="store_true",
                    help="get the data and stop; exit status 3 if the stand-in takes its place")
     return p
@@ -1184,27 +1519,11 @@ def choose_preset(name):
     return name or ("short" if torch.cuda.is_available() else "quick")
 
 
-def override(block, pairs):
-    """The block with each KEY=VALUE of --set, read as YAML."""
-    for pair in pairs:
-        key, _, text = pair.partition("=")
-        nearest(key, [k for k in block if k != "configurations"], "key in --set")
-        test, expected = SETTINGS[key]
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = math.nan
-        if not test(value):
-            raise Refused(f"--set {pair}: '{text}' is not {expected}")
-        block = block | {key: value}
-    return block
-
-
 def prepare(experiment, args):
     """What the command line selects: the experiment's settings, its data and its runs."""
     name = choose_preset(args.preset)
     preset = load_preset(name)
-    block = override(experiment_settings(preset, name, experiment), args.set)
+    block = experiment_settings(preset, name, experiment, args.set)
     block |= {k: v for k in ("trials", "epochs") if (v := getattr(args, k))}
     for word in args.methods or []:
         nearest(word, METHODS, "method")
@@ -1212,33 +1531,82 @@ def prepare(experiment, args):
         nearest(word, block["configurations"], "configuration")
     policy = nearest(args.data or preset["data"], POLICIES, "value of --data")
     device = choose_device(args.device)
+    for c in block["configurations"].values():
+        if c.get("precision") == "auto":
+            c["precision"] = "bf16" if bf16_is_fast(device) else "fp32"
     if args.fetch:
-        data = find_data(experiment.dataset, policy, args.data_dir)
-        print(f"data: {experiment.dataset}: {data.origin if data else 'the synthetic stand-in'}")
+        data = find_data(block["dataset"], policy, args.data_dir)
+        print(f"data: {block['dataset']}: {data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
+    if block["nesterov"] and not block["momentum"]:
+        raise Refused("nesterov needs momentum above 0: set momentum, or nesterov=false")
+    stacked = any("stacking" in (args.methods or c["methods"])
+                  for c in block["configurations"].values())
+    if stacked and block["stacking"] == "validation" and not block["validation"]:
+        raise Refused("stacking is to be fitted on the validation split, and validation is 0: "
+                      "--set stacking=training, or hold images out")
     fitted = block["validation" if block["stacking"] == "validation" else "train"] or math.inf
-    if block["folds"] > fitted:
+    if stacked and block["folds"] > fitted:
         raise Refused(f"folds {block['folds']} is more than the {fitted} images that stacking is "
                       "fitted on: lower it")
-    data = load_data(experiment.dataset, policy, block, args.data_dir, download=not args.dry_run)
+    data = load_data(block["dataset"], policy, block, args.data_dir, download=not args.dry_run)
     return block, data.to(device), list_runs(
         name, experiment, block, data.description, args.seed, args.only, args.lambdas, args.methods)
+
+
+def run_study(experiment, args):
+    """What a training script does: the runs that are selected and not in their folders yet."""
+    block, data, runs = prepare(experiment, args)
+    if args.tune:
+        if not block["validation"]:
+            raise Refused("--tune compares validation errors, and validation is 0: hold images out "
+                          "with --set validation=N")
+        runs = tuning_runs(runs, block["tune"])
+    train_missing(experiment, runs, data, args)
+    if args.tune and not args.dry_run:
+        print_tuned(runs, args.results)
 
 
 def train_missing(experiment, runs, data, args):
     """Trains the runs that are not in their folders yet, or with --dry-run prints the plan."""
     to_do = [run for run in runs if not finished(run, args.results)]
-    if not args.dry_run:
-        make_writable(args.results)
     seconds = plan(experiment, runs, to_do, data)
     if args.dry_run:
         for run in runs:
             print(f"  {run.label}: {'to do' if run in to_do else 'finished'}")
         return
+    make_writable(args.results)
     progress = Progress(seconds)
     for run in to_do:
         progress.start(run)
         progress.finish(do_run(experiment, run, data, args.results, progress.epoch))
+
+
+def tuning_runs(runs, rates):
+    """Each joint run at each rate, times M since Eq. 9 divides by M, in folders tune-lrX."""
+    return [replace(run, preset=f"{run.preset}/tune-lr{lr:g}", weights=False,
+                    settings=run.settings | {"lr": lr})
+            for run in runs if run.method == "joint"
+            for lr in sorted(rate * run.settings["members"] for rate in rates)]
+
+
+def print_tuned(runs, results):
+    """The rates of the lowest mean validation error, as presets.yaml takes them."""
+    errors = collections.defaultdict(list)
+    for run in runs:
+        result = read_run(results / run.path)["result"]
+        errors[run.configuration, run.lam, run.settings["lr"]].append(
+            result.get("validation_error", math.inf))       # of a diverged run
+    for configuration in dict.fromkeys(run.configuration for run in runs):
+        best = {}
+        for lam in sorted({run.lam for run in runs if run.configuration == configuration}):
+            tried = {rate: sum(e) / len(e) for (name, at, rate), e in errors.items()
+                     if (name, at) == (configuration, lam)}
+            best[lam] = min(tried, key=tried.get)
+            if len(tried) > 1 and best[lam] in (min(tried), max(tried)):
+                print(f"{configuration}, lambda {lam:g}: {best[lam]:g} is the outermost tried: "
+                      "widen `tune` in presets.yaml")
+        print(f"{configuration}: lr: {{{', '.join(f'{k:g}: {v:g}' for k, v in best.items())}}}")
 
 
 def make_writable(folder):

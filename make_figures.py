@@ -1,11 +1,12 @@
-"""Draws the paper's figures from run folders; trains nothing.
+"""Draws the paper's figures and writes its tables from run folders; trains nothing.
 
-    python make_figures.py                   # every figure that the runs at hand allow
-    python make_figures.py fig3 fig7         # these
+    python make_figures.py                   # every figure and table that the runs at hand allow
+    python make_figures.py table2 fig7       # these
 
-Each figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/, and
-says at its foot what it was made from; runs.csv beside them has a line for every run. Errors are
-means over trials; bars and bands are standard errors (ddof 1). Where runs are missing it says
+A figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/; a table is
+Markdown, LaTeX (tables.tex puts all of them on a page) and CSV. Each says what it was made from,
+figures at the foot and tables at the head; runs.csv beside them has a line for every run. Errors
+are means over trials; bars and bands are standard errors (ddof 1). Where runs are missing it says
 which, and the command that makes them.
 """
 
@@ -13,12 +14,15 @@ import csv
 import io
 import math
 import sys
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import common
 
 import matplotlib
 import numpy as np
+import torch
 import yaml
 
 matplotlib.use("Agg")
@@ -33,7 +37,9 @@ plt.rcParams.update({
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
           {"color": ORANGE, "marker": "s", "linestyle": "--"},
-          {"color": GREEN, "marker": "^", "linestyle": "-."}]
+          {"color": GREEN, "marker": "^", "linestyle": "-."},
+          {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+          {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))}]
 PAPER = {"linestyle": "none", "marker": "*", "markersize": 11, "markerfacecolor": "white",
          "markeredgecolor": "black", "zorder": 5}
 
@@ -45,10 +51,14 @@ class Study:
 
     def __init__(self, results, name, drop):
         self.results, self.name, self.drop = results, name, drop
-        experiment = common.experiment_of("mlp_fmnist")
-        self.block = common.experiment_settings(common.load_preset(name), name, experiment)
+        self.preset, self.paper = common.load_preset(name), common.load_preset("paper")
         self.published = yaml.safe_load((common.HERE / "published.yaml").read_text())
         self.used, self.missing = {}, {}    # folder -> run.json; (experiment, configuration, ...)
+
+    def block(self, experiment, preset=None):
+        """The settings of an experiment in this preset, or in another."""
+        return common.experiment_settings(preset or self.preset, self.name,
+                                          common.experiment_of(experiment))
 
     def find(self, experiment, configuration, method):
         """(run.json, folder) by trial of the finished runs of one method; notes what is missing."""
@@ -57,7 +67,8 @@ class Study:
                  for path in sorted(folder.glob("trial*/run.json"))]
         there = {record["trial"] for record, _ in found}
         self.missing |= {(experiment, configuration, method, trial): None
-                         for trial in range(self.block["trials"]) if trial not in there}
+                         for trial in range(self.block(trained_in(experiment))["trials"])
+                         if trial not in there}
         return found
 
     def runs(self, experiment, configuration, method):
@@ -80,21 +91,29 @@ class Study:
     def curves(self, configuration, method):
         """The robustness curves of one method by trial: x (X,) and mean error over repeats (X,)."""
         found = self.runs(f"robustness-{self.drop}", configuration, method)
-        if len(found) < self.block["trials"]:                       # is it trained at all?
+        if len(found) < self.block("mlp_fmnist")["trials"]:         # is it trained at all?
             self.find("mlp_fmnist", configuration, method)
         histories = [common.load_history(folder) for _, folder in found]
         x = "probability" if self.drop == "probability" else "dropped"
         return [(history[x], 100 * history["error"].mean(0)) for history in histories]
 
-    def lambdas(self, configuration):
+    def lambdas(self, experiment, configuration):
         """The lambdas planned for a configuration, and any others that were run."""
-        there = (self.results / self.name / "mlp_fmnist" / configuration).glob("joint-*/trial*")
+        there = (self.results / self.name / experiment / configuration).glob("joint-*/trial*")
+        planned = self.block(experiment)["configurations"][configuration]["lambdas"]
         return sorted({float(path.parent.name.removeprefix("joint-")) for path in there}
-                      | set(self.block["lambdas"]))
+                      | set(planned))
 
-    def point(self, configuration, method, key="test_ensemble_error", name="test_error_percent"):
+    def histories(self, experiment, configuration, method):
+        """(run.json, history.npz) by trial of the runs of one method, without diverged ones."""
+        return [(record, common.load_history(folder))
+                for record, folder in self.runs(experiment, configuration, method)
+                if record["result"]["diverged_at_epoch"] is None]
+
+    def point(self, experiment, configuration, method, key="test_ensemble_error",
+              name="test_error_percent"):
         """One number of a configuration and method over its trials, as a row of a figure's CSV."""
-        results = [record["result"] for record, _ in self.runs("mlp_fmnist", configuration, method)]
+        results = [record["result"] for record, _ in self.runs(experiment, configuration, method)]
         scale = 100 if name.endswith("_percent") else 1
         values = [scale * r[key] for r in results if r["diverged_at_epoch"] is None]
         mean, error = mean_and_error(values)
@@ -102,24 +121,54 @@ class Study:
                 "diverged": len(results) - len(values), name: mean, "standard_error": error}
 
     def provenance(self):
-        """Two lines that say what was used. Raises Refused if runs of other settings are mixed."""
-        shared = ("data", "epochs", "train", "validation", "test", "batch", "momentum",
-                  "weight_decay", "seed")
-        settings = {path: {key: trained(record)[key] for key in shared}
-                    for path, record in self.used.items()}
+        """Lines that say what was used. Raises Refused if runs of other settings are mixed."""
+        if not self.used:
+            return "computed from the definitions of the networks; nothing was trained for it"
+        lines = [line for experiment in dict.fromkeys(
+            trained_in(record["experiment"]) for record in self.used.values())
+            for line in self._provenance_of(experiment)]
+        records = self.used.values()
+        devices = ", ".join(sorted({record["machine"]["device"] for record in records}))
+        commits = ", ".join(sorted({str(record["machine"]["commit"]) for record in records}))
+        return "\n".join([*lines, f"{devices} · commit {commits}"])
+
+    def _provenance_of(self, experiment):
+        """A line on the data and the size of one experiment, and one on what was reduced, if so."""
+        used = {path: record for path, record in self.used.items()
+                if trained_in(record["experiment"]) == experiment}
+        shared = ("data", "epochs", "train", "validation", "test", "batch", "augment", "momentum",
+                  "nesterov", "decay", "seed", "precision", "padding", "batchnorm")
+        settings = {path: {key: trained(record).get(key) for key in shared}
+                    for path, record in used.items()}
         s = next(iter(settings.values()))
         for path, other in settings.items():
             self.refuse_difference(s, other, path)
-        records = self.used.values()
-        data = f"{s['data']['name']} (real)" if self.real() else "SYNTHETIC STAND-IN DATA"
+        decays = {path: {"weight_decay": trained(record)["weight_decay"]} for path, record in
+                  used.items() if record["method"] != "independent"}    # which has one of its own
+        for path, other in decays.items():
+            self.refuse_difference(next(iter(decays.values())), other, path)
+        data = {"real": f"{s['data']['name']} (real)", "synthetic": "SYNTHETIC STAND-IN DATA",
+                "folder": f"NOT THE PAPER'S DATA: {s['data']['name']}"}[s["data"]["source"]]
         images = f"{s['train']:,} training images" if s["train"] else "all training images"
-        trials = len({record["trial"] for record in records})
-        devices = ", ".join(sorted({record["machine"]["device"] for record in records}))
-        commits = ", ".join(sorted({str(record["machine"]["commit"]) for record in records}))
-        diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in records)
-        note = f" · {diverged} diverged, left out of the means" if diverged else ""
-        return (f"{data} · preset {self.name}: {images}, {s['epochs']} epochs, {trials} "
-                f"trial{'s' * (trials != 1)}{note}\n{devices} · commit {commits}")
+        trials = len({record["trial"] for record in used.values()})
+        diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in used.values())
+        paper = self.block(experiment, self.paper)
+        epochs = f"{s['epochs']} epochs" + (
+            f" (paper: {paper['epochs']})" if s["epochs"] != paper["epochs"] else "")
+        yield (f"{experiment}: {data} · preset {self.name}: {images}, {epochs}, {trials} "
+               f"trial{'s' * (trials != 1)}" + (f", {s['precision']}" if s["precision"] else "")
+               + (f" · {diverged} diverged, left out of the means" if diverged else ""))
+        reduced = {}
+        network = ("members", *common.experiment_of(experiment).network)
+        for record in used.values():
+            theirs, mine = paper["configurations"].get(record["configuration"]), trained(record)
+            if theirs and (other := [key for key in network if key != "precision"
+                                     and mine.get(key) != theirs[key]]):
+                text = ", ".join(f"{key} {mine.get(key)} (paper: {theirs[key]})" for key in other)
+                reduced.setdefault(text, {})[record["configuration"]] = None
+        if reduced:
+            yield "reduced: " + "; ".join(f"{', '.join(names)}: {text}"
+                                          for text, names in reduced.items())
 
     def real(self):
         """Only beside results on the real data do the paper's numbers mean anything."""
@@ -136,12 +185,17 @@ class Study:
                 *(["--lambdas", *map(common.lambda_name, lambdas)] if lambdas else []),
                 *(["--results", str(self.results)] if self.results != Path("results") else [])])
 
-        training = [run for run in self.missing if run[0] == "mlp_fmnist"]
-        dropping = [run for run in self.missing if run[0] != "mlp_fmnist"]
-        if training:
-            methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in training)
-            yield (f"python train_mlp_fmnist.py {flags(training)} --methods {' '.join(methods)}"
-                   + ("" if self.real() else " --data synthetic"))
+        dropping = [run for run in self.missing if run[0] != trained_in(run[0])]
+        training = [run for run in self.missing if run not in dropping]
+        for experiment in dict.fromkeys(run[0] for run in training):
+            runs = [run for run in training if run[0] == experiment]
+            methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in runs)
+            record = next((record for record in self.used.values()
+                           if trained_in(record["experiment"]) == experiment), None)
+            source = trained(record)["data"]["source"] if record else "real"
+            yield (f"python train_{experiment}.py {flags(runs)} --methods {' '.join(methods)}"
+                   + (f" --data {source}" if source != "real" else "")
+                   + (f" --data-dir {record['data_from']}" if source == "folder" else ""))
         if dropping:
             yield f"python robustness.py {flags(dropping)}" + (
                 "" if self.drop == "example" else f" --drop {self.drop}")
@@ -150,9 +204,14 @@ class Study:
         """A line for every configuration and method, with its trials."""
         trials = {}
         for experiment, configuration, method, trial in self.missing:
-            kind = "" if experiment == "mlp_fmnist" else f" {experiment}"
+            kind = "" if experiment == trained_in(experiment) else f" {experiment}"
             trials.setdefault(f"{configuration} {method}{kind}", []).append(str(trial))
         return [f"{what}, trial {' '.join(which)}" for what, which in trials.items()]
+
+
+def trained_in(experiment):
+    """The training experiment: itself, and of robustness runs the MLPs', which they measure."""
+    return "mlp_fmnist" if experiment.startswith("robustness") else experiment
 
 
 def trained(record):
@@ -189,7 +248,7 @@ def lambda_axis(ax, lambdas):
 
 def single_network(ax, study, rows):
     """The 1x1024H network, as a dashed line with a band of one standard error."""
-    row = study.point("1x1024H", "joint-1")
+    row = study.point("mlp_fmnist", "1x1024H", "joint-1")
     rows.append(row)
     mean, error = percent(row)
     if row["n"]:
@@ -204,7 +263,7 @@ def fig2(study):
     fig, ax = plt.subplots()
     methods = {"bagging": "Bagging", "stacking": "Stacking", "joint-0": "Independent\nλ = 0",
                "joint-1": "End-to-end\nλ = 1", "joint-0.95": "Joint\nλ = 0.95"}
-    rows = [study.point("256x4H", method) for method in methods]
+    rows = [study.point("mlp_fmnist", "256x4H", method) for method in methods]
     colours = [GREY, GREY, BLUE, ORANGE, GREEN]
     printed = study.published["fig2"]["test_error_percent"]
     for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
@@ -240,9 +299,9 @@ def fig3(study):
     rows, every = [], set()
     printed = study.published["fig2"]["test_error_percent"]
     for configuration, style in zip(("256x4H", "64x16H", "16x64H"), STYLES, strict=True):
-        lambdas = study.lambdas(configuration)
+        lambdas = study.lambdas("mlp_fmnist", configuration)
         every |= set(lambdas)
-        points = [study.point(configuration, f"joint-{common.lambda_name(lam)}")
+        points = [study.point("mlp_fmnist", configuration, f"joint-{common.lambda_name(lam)}")
                   for lam in lambdas]
         rows += points
         drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
@@ -308,10 +367,11 @@ def fig8(study):
 def fig9(study):
     """Fig. 9: ensemble and mean member test loss of 64x16H against lambda."""
     fig, ax = plt.subplots()
-    rows, lambdas = [], study.lambdas("64x16H")
+    rows, lambdas = [], study.lambdas("mlp_fmnist", "64x16H")
     for key, label, style in (("test_mean_member_loss", "mean of the members", STYLES[1]),
                               ("test_ensemble_loss", "ensemble", STYLES[0])):
-        points = [study.point("64x16H", f"joint-{common.lambda_name(lam)}", key, "cross_entropy")
+        points = [study.point("mlp_fmnist", "64x16H", f"joint-{common.lambda_name(lam)}", key,
+                              "cross_entropy")
                   for lam in lambdas]
         rows += [{"loss": key, **row} for row in points]
         drawn = [(lam, row["cross_entropy"], row["standard_error"])
@@ -327,7 +387,417 @@ def fig9(study):
     return fig, rows
 
 
-FIGURES = {"fig2": fig2, "fig3": fig3, "fig7": fig7, "fig8": fig8, "fig9": fig9}
+def fig4(study):
+    """Fig. 4: test error of five ConvNet ensembles against lambda, the minimum of each marked."""
+    fig, ax = plt.subplots()
+    rows, every = [], set()
+    for configuration, style in zip(study.published["table4"]["rows"], STYLES, strict=True):
+        lambdas = study.lambdas("convnet_cifar", configuration)
+        every |= set(lambdas)
+        points = []
+        for lam in lambdas:
+            method = f"joint-{common.lambda_name(lam)}"
+            points.append(study.point("convnet_cifar", configuration, method))
+            validation = [100 * record["result"]["validation_error"] for record, _ in
+                          study.histories("convnet_cifar", configuration, method)]
+            points[-1]["validation_error_percent"] = mean_and_error(validation)[0]
+        drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
+        if drawn:
+            x, mean, error = zip(*drawn, strict=True)
+            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=4,
+                        label=configuration)
+            best = int(np.argmin(mean))
+            ax.plot(x[best], mean[best], "o", markersize=12, markerfacecolor="none",
+                    markeredgecolor=style["color"])
+            for row in points:
+                row["minimum"] = row["method"] == f"joint-{common.lambda_name(x[best])}"
+        rows += points
+    ax.plot([], [], "o", markersize=10, markerfacecolor="none", markeredgecolor=GREY,
+            label="minimum")
+    ax.set_xticks(sorted(every))
+    ax.set_xlabel("λ  (0: independent, 1: end-to-end)")
+    ax.set_ylabel("test error (%)")
+    return fig, rows
+
+
+def filter_montage(filters, scale):
+    """Filters (M, F, C, 3, 3) as one image, a column for each member: grey is 0, scale is full."""
+    members, count, channels = filters.shape[:3]
+    tiles = np.ones((count * 4 + 1, members * 4 + 1, 3))
+    for m in range(members):
+        for f in range(count):
+            patch = (0.5 + filters[m, f] / (2 * scale)).transpose(1, 2, 0)
+            tiles[4 * f + 1:4 * f + 4, 4 * m + 1:4 * m + 4] = patch if channels == 3 else (
+                patch.mean(2, keepdims=True))
+    return tiles.clip(0, 1)
+
+
+def fig5(study):
+    """Fig. 5: first-layer filters of ten ConvNets, independent and end-to-end, to one scale."""
+    configuration, layer = "10xConvNet-0.29M", "members.{}.0.weight"
+    sides = {"joint-0": "independent, λ = 0", "joint-1": "end-to-end, λ = 1"}
+    fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.2), height_ratios=[3.4, 1], sharey="row",
+                             squeeze=False)
+    rows, shown = [], {}
+    for method in sides:
+        for record, history in study.histories("convnet_cifar", configuration, method):
+            folder = study.results / study.name / "convnet_cifar" / configuration / method
+            weights = common.load_weights(folder / f"trial{record['trial']}", "cpu")
+            filters = torch.stack([weights[layer.format(m)]
+                                   for m in range(record["settings"]["members"])])
+            norms = filters.flatten(1).norm(dim=1).tolist()
+            own = [{"configuration": configuration, "method": method, "trial": record["trial"],
+                    "member": m, "filter_norm": norm, "relative_filter_norm": norm / max(norms),
+                    "relative_distance_from_initial_weights": float(history["member_distance"][m])}
+                   for m, norm in enumerate(norms)]
+            rows += own
+            if method not in shown:                                     # the first trial is drawn
+                shown[method] = record, filters.numpy(), own
+    scale = max((np.abs(filters).max() for _, filters, _ in shown.values()), default=1)
+    for column, (method, title) in enumerate(sides.items()):
+        image, bars = axes[:, column]
+        image.set_axis_off()
+        if method not in shown:
+            image.set_title(f"{title}: not run", fontsize=8)
+            continue
+        record, filters, own = shown[method]
+        members = len(filters)
+        image.imshow(filter_montage(filters, scale), aspect="auto", interpolation="nearest",
+                     extent=(-0.5, members - 0.5, 0, 1))
+        error = 100 * record["result"]["test_ensemble_error"]
+        image.set_title(f"{title}\ntest error {error:.1f} %", fontsize=8)
+        x = np.arange(members)
+        bars.bar(x - 0.2, [row["filter_norm"] for row in own], 0.4, color=BLUE,
+                 label="norm of its filters")
+        bars.bar(x + 0.2, [row["relative_distance_from_initial_weights"] for row in own], 0.4,
+                 color=ORANGE, label="distance from its initial weights / their norm")
+        bars.set_xticks(x, x + 1)
+        bars.set_xlabel("member" + (f" (trial {record['trial']})" if column == 0 else ""))
+    axes[1, 0].set_ylabel("per member")
+    return fig, rows
+
+
+def dominance(record, history):
+    """How far one member is ahead of the others, in points of error: a row of Fig. 6's numbers.
+
+    dominance is the median member's error less the best member's, at the reported epoch. The gap at
+    epoch 3 is that between the two lowest training errors.
+    """
+    at = record["result"]["epoch"] - 1
+    row = {"configuration": record["configuration"], "lambda": record["lambda"],
+           "trial": record["trial"]}
+    for part, errors, ensemble in (
+            ("train", history["train_member_error"][at], history["train_ensemble_error"][at]),
+            ("test", history["reported_test_member_error"],
+             record["result"]["test_ensemble_error"])):
+        best, second = np.sort(errors)[:2]
+        row |= {f"{part}_{name}": 100 * float(value) for name, value in (
+            ("ensemble_error", ensemble), ("best_member_error", best),
+            ("second_best_member_error", second), ("median_member_error", np.median(errors)),
+            ("dominance", np.median(errors) - best))}
+    early = history["train_member_error"][2] if len(history["train_member_error"]) > 2 else None
+    end = int(history["train_member_error"][at].argmin())
+    if early is not None:
+        best, second = np.sort(early)[:2]
+        row |= {"best_member_at_epoch_3": int(early.argmin()) + 1, "best_member_at_end": end + 1,
+                "same": int(early.argmin()) == end, "gap_at_epoch_3": 100 * float(second - best)}
+    return row
+
+
+def fig6(study):
+    """Fig. 6: errors of the ensemble and of every member, at the end and epoch by epoch."""
+    fig, axes = plt.subplots(2, 4, figsize=(10, 5.2))
+    rows, numbers = [], []
+    for line, (experiment, configuration) in zip(axes, (
+            ("densenet_cifar", "DN-High"), ("mlp_fmnist", "256x4H")), strict=True):
+        lambdas = study.lambdas(experiment, configuration)
+        ends, last = [], []
+        for lam in lambdas:
+            found = study.histories(experiment, configuration, f"joint-{common.lambda_name(lam)}")
+            numbers += [dominance(*one) for one in found]
+            for record, history in found:
+                at = record["result"]["epoch"] - 1
+                ends.append((lam, record["trial"],
+                             (history["train_ensemble_error"][at],
+                              history["train_member_error"][at]),
+                             (record["result"]["test_ensemble_error"],
+                              history["reported_test_member_error"])))
+            last = found if lam == 1 else last
+        for part, ax in enumerate(line[:2]):
+            ax.set_title(f"{configuration}: {('training', 'test')[part]} error at the end",
+                         fontsize=8)
+            for lam, trial, *scores in ends:
+                ensemble, members = scores[part]
+                ax.plot(np.full(len(members), lam), 100 * members, "_", color=GREY, alpha=0.5,
+                        markersize=9)
+                rows += error_rows(configuration, lam, trial, ("train", "test")[part], "end",
+                                   ensemble, members)
+            at = sorted({lam for lam, *_ in ends})
+            means = [mean_and_error([100 * scores[part][0] for x, _, *scores in ends if x == lam])
+                     for lam in at]
+            if at:
+                mean, error = zip(*means, strict=True)
+                ax.errorbar(at, mean, np.nan_to_num(error), **STYLES[0], markersize=4, capsize=2)
+            if experiment == "mlp_fmnist":
+                lambda_axis(ax, lambdas)
+                ax.tick_params("x", labelsize=6.5)
+            else:
+                ax.set_xticks(lambdas)
+            ax.set_xlabel("λ" if experiment != "mlp_fmnist" else "λ (not to scale)")
+            ax.set_ylabel("error (%)")
+        for ax, part in zip(line[2:], ("train", "test" if experiment != "mlp_fmnist" else
+                                       "validation"), strict=True):
+            words = {"train": "training"}.get(part, part)
+            ax.set_title(f"{configuration}, λ = 1: {words} error by epoch", fontsize=8)
+            for record, history in last:
+                ensemble = history[f"{part}_ensemble_error"]
+                members = history[f"{part}_member_error"]                       # (epochs, M)
+                for epoch in range(len(members)):
+                    rows += error_rows(configuration, 1.0, record["trial"], part, epoch + 1,
+                                       ensemble[epoch], members[epoch])
+            if last:                                                    # the first trial is drawn
+                record, history = last[0]
+                members = 100 * history[f"{part}_member_error"]
+                best = history["train_member_error"][record["result"]["epoch"] - 1].argmin()
+                x = np.arange(1, len(members) + 1)
+                ax.plot(x, members, color=GREY, alpha=0.7 if members.shape[1] < 20 else 0.12,
+                        linewidth=0.8)
+                ax.plot(x, members[:, best], color=ORANGE, linewidth=1.5, linestyle="--")
+                ax.plot(x, 100 * history[f"{part}_ensemble_error"], color=BLUE, linewidth=1.8)
+            ax.axvline(3, color="black", linewidth=0.8, linestyle=":")
+            ax.set_xlabel(f"epoch (trial {last[0][0]['trial'] if last else 0})")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+    for axis_row in axes:                    # one scale a row and quantity: train beside test
+        for pair in (axis_row[:2], axis_row[2:]):
+            low, high = zip(*(ax.get_ylim() for ax in pair), strict=True)
+            for ax in pair:
+                ax.set_ylim(min(low), max(high))
+    handles = [plt.Line2D([], [], color=BLUE, marker="o", markersize=4, label="ensemble"),
+               plt.Line2D([], [], color=GREY, marker="_", label="a member"),
+               plt.Line2D([], [], color=ORANGE, linestyle="--", label="the member with the lowest "
+                          "training error at the end"),
+               plt.Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="epoch 3")]
+    fig.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    return fig, {"": rows, "-dominance": numbers}
+
+
+def error_rows(configuration, lam, trial, part, epoch, ensemble, members):
+    """Rows of Fig. 6's CSV: the ensemble's error and every member's, numbered from 1."""
+    at = {"configuration": configuration, "lambda": lam, "trial": trial, "part": part,
+          "epoch": epoch}
+    return [{**at, "who": who, "error_percent": 100 * float(value)} for who, value in
+            (("ensemble", ensemble), *((f"member {m + 1}", e) for m, e in enumerate(members)))]
+
+
+FIGURES = {"fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig6": fig6, "fig7": fig7,
+           "fig8": fig8, "fig9": fig9}
+
+# --- Tables ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """A table as it is printed, its cells as text, and the rows of its CSV."""
+    caption: str
+    columns: list
+    cells: list           # rows of str; **bold** and ± are turned into LaTeX's
+    rows: list            # of dicts
+    notes: list
+
+
+def untrained(study, experiment, settings, classes=100):
+    """An ensemble that takes no memory: for counting, of 3-channel images as CIFAR's."""
+    with torch.device("meta"):
+        return common.experiment_of(experiment).build(
+            {**settings, "precision": "fp32"}, (3, 32, 32), classes, torch.Generator("cpu"))
+
+
+def parameters(ensemble):
+    return sum(p.numel() for p in ensemble.parameters())
+
+
+def bytes_saved_for_backward(ensemble, batch):
+    """What autograd keeps of a forward pass for the backward pass, weights left out, in bytes."""
+    kept = {}
+    weights = {p.untyped_storage()._cdata for p in ensemble.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage              # held, so that no two share an address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ensemble.train()(torch.empty(batch, 3, 32, 32, device="meta"))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_on_cuda(study, experiment, configuration):
+    """The largest peak of a run of this configuration on a GPU, as text, or that there is none."""
+    peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in sorted(
+        (study.results / study.name / experiment / configuration).glob("*/trial*/run.json"))
+        if "peak_memory_bytes" in (record := common.read_run(path.parent))["result"]]
+    if not peaks:
+        return "not measured on CUDA"
+    peak, s = max(peaks, key=lambda pair: pair[0])
+    return f"{peak / 1e9:.1f} GB (batch {s['batch']}, {s['precision']})"
+
+
+def table1(study):
+    """Table 1: the DenseNet ensembles, and what a training step takes."""
+    printed, cells, rows = study.published["table1"]["rows"], [], []
+    paper, mine = (study.block("densenet_cifar", preset) for preset in (study.paper, study.preset))
+    sizes = ("depth", "growth", "members")
+    for name, theirs in printed.items():
+        for block, label in ((paper, name), (mine, f"{name}, preset {study.name}")):
+            c = block["configurations"][name]
+            if block is mine and all(c[k] == paper["configurations"][name][k] for k in sizes):
+                continue
+            ensemble = untrained(study, "densenet_cifar", c)
+            saved = bytes_saved_for_backward(ensemble, paper["batch"])
+            peak = peak_on_cuda(study, "densenet_cifar", name) if c == mine["configurations"][
+                name] else "not measured on CUDA"
+            row = {"configuration": label, "depth": c["depth"], "k": c["growth"], "M": c["members"],
+                   "parameters": parameters(ensemble), "bytes_saved_for_backward": saved,
+                   "peak_cuda_memory": peak}
+            row |= {"published_parameters": theirs["parameters"],
+                    "published_memory": theirs["memory"]} if block is paper else {}
+            rows.append(row)
+            cells.append([label, str(c["depth"]), str(c["growth"]), str(c["members"]),
+                          f"{row['parameters']:,}" + (
+                              f" (paper: {theirs['parameters']})" if block is paper else ""),
+                          f"{saved / 1e9:.1f} GB", peak + (
+                              f" (paper: {theirs['memory']})" if block is paper else "")])
+    return Table("DenseNet ensembles on 32x32 images with 100 classes.",
+                 ["Name", "Depth", "k", "M", "Parameters", "Saved for backward", "Peak on a GPU"],
+                 cells, rows, [f"Saved for backward: the bytes that autograd keeps of one forward "
+                               f"pass at batch {paper['batch']} in fp32, counted and not measured; "
+                               "weights, gradients and momenta are not in it."])
+
+
+def table2(study):
+    """Table 2: test error of the DenseNet ensembles by method."""
+    methods = {"joint-0": "λ = 0 (independent)", "joint-0.5": "λ = 0.5", "joint-0.9": "λ = 0.9",
+               "joint-1": "λ = 1 (end-to-end)", "bagging": "Bagging", "stacking": "Stacking",
+               "independent": "Independent (own lr)"}
+    printed = study.published["table2"]["test_error_percent"]
+    others = {f"joint-{common.lambda_name(lam)}" for name in printed
+              for lam in study.lambdas("densenet_cifar", name)} - set(methods)
+    planned = study.block("densenet_cifar")["configurations"]
+    rows = {}
+    for name, theirs in printed.items():
+        lambdas = [f"joint-{common.lambda_name(lam)}" for lam in planned[name]["lambdas"]]
+        for method in [*methods, *sorted(others)]:
+            wanted = method in lambdas or method in planned[name]["methods"]
+            there = (study.results / study.name / "densenet_cifar" / name / method).is_dir()
+            rows[method, name] = (study.point("densenet_cifar", name, method) if wanted or there
+                                  else {"configuration": name, "method": method, "n": 0,
+                                        "diverged": 0, "test_error_percent": math.nan,
+                                        "standard_error": math.nan})
+            rows[method, name]["published_percent"] = theirs.get(method, "")
+        column = [row for (_, at), row in rows.items() if at == name]
+        lowest = min((row["test_error_percent"] for row in column if row["n"]), default=None)
+        for row in column:
+            row["minimum"] = bool(row["n"]) and row["test_error_percent"] == lowest
+
+    def cell(row):
+        theirs = f" (paper: {row['published_percent']})" if row["published_percent"] != "" else ""
+        if not row["n"]:
+            return ("all diverged" if row["diverged"] else "not run") + theirs
+        mean = f"{row['test_error_percent']:.1f}"
+        error = f" ± {row['standard_error']:.1f}" if row["n"] > 1 else ""
+        return (f"**{mean}**" if row["minimum"] else mean) + error + f", n = {row['n']}" + theirs
+
+    cells = [[methods.get(method, f"λ = {method.removeprefix('joint-')}"),
+              *(cell(rows[method, name]) for name in printed)] for method in
+             [*methods, *sorted(others)]]
+    return Table("Test error (%) of DenseNet ensembles; the minimum of each column is bold.",
+                 ["", *printed], cells, list(rows.values()),
+                 ["Mean ± standard error over n trials. Independent (own lr): the sum of the "
+                  "members' losses, each member at the learning rate and weight decay of the "
+                  "shared loss; at λ = 0 the gradient is divided by M and the weight decay is "
+                  "not. It is not a row of the paper."])
+
+
+def table3(study):
+    """Table 3: the DenseNet architectures, with computed counts."""
+    block, cells, rows = study.block("densenet_cifar", study.paper), [], []
+    for name, theirs in study.published["table1"]["rows"].items():
+        c = block["configurations"][name]
+        count = parameters(untrained(study, "densenet_cifar", c))
+        rows.append({"configuration": name, "depth": c["depth"], "k": c["growth"],
+                     "modules": c["members"], "parameters": count,
+                     "published_parameters": theirs["parameters"]})
+        cells.append([name, str(c["depth"]), str(c["growth"]), str(c["members"]),
+                      f"{count:,} (paper: {theirs['parameters']})"])
+    return Table("DenseNet architectures, for 100 classes.",
+                 ["Name", "Depth", "k", "Modules", "Parameters"], cells, rows,
+                 ["Parameters are those of all modules together."])
+
+
+def table4(study):
+    """Table 4: the ConvNet architectures, with computed counts."""
+    block, cells, rows = study.block("convnet_cifar", study.paper), [], []
+    for name, theirs in study.published["table4"]["rows"].items():
+        c = block["configurations"][name]
+        count = parameters(untrained(study, "convnet_cifar", c)) // c["members"]
+        differs = theirs != f"{count / 1e6:.2f}M"
+        rows.append({"configuration": name, "filters": " ".join(map(str, c["filters"])),
+                     "strides": " ".join(map(str, c["strides"])), "parameters": count,
+                     "published_parameters": theirs, "differs": differs})
+        filters = ", ".join(f"**{f}**" if stride > 1 else str(f)
+                            for f, stride in zip(c["filters"], c["strides"], strict=True))
+        cells.append([name, f"{count:,} (paper: {theirs})" + ("*" if differs else ""),
+                      str(len(c["filters"])), filters])
+    return Table("ConvNet architectures: 3x3 convolutions, stride 2 in bold, for 100 classes.",
+                 ["Name", "Parameters of a member", "Layers", "Filters"], cells, rows,
+                 [f"* does not round to what the paper prints: {row['published_parameters']} "
+                  f"computes to {row['parameters'] / 1e6:.3f}M." for row in rows
+                  if row["differs"]]
+                 + ["Strides of the first and the last row are not legible in our copy of the "
+                    "paper: README, Open questions."])
+
+
+TABLES = {"table1": table1, "table2": table2, "table3": table3, "table4": table4}
+
+
+def latex(text):
+    """Text with **bold** and the few symbols that the tables use, as LaTeX."""
+    parts = text.replace("%", r"\%").replace("_", r"\_").split("**")
+    text = "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(parts))
+    for symbol, command in (("λ", r"$\lambda$"), ("±", r"$\pm$"), ("·", r"$\cdot$"),
+                            ("~", r"$\sim$")):
+        text = text.replace(symbol, command)
+    return text
+
+
+def save_table(table, study, path):
+    """Writes path.md, path.tex and path.csv, with the provenance at the head, and tables.tex."""
+    provenance = study.provenance()
+    common.make_writable(path.parent)
+    head = provenance.split("\n")
+    number = path.name.removeprefix("table")
+    notes = [note.replace("*", r"\*") for note in table.notes]
+    lines = [f"**Table {number}. {table.caption}**", "", *(f"{line}  " for line in head), "",
+             "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns),
+             *("| " + " | ".join(row) + " |" for row in table.cells), "", *notes, ""]
+    common.write(path.with_suffix(".md"), lambda file: file.write("\n".join(lines).encode()))
+    rows = [" & ".join(map(latex, row)) + r" \\" for row in [table.columns, *table.cells]]
+    tex = [r"\begin{table}", r"\footnotesize",
+           rf"\setcounter{{table}}{{{int(number) - 1}}}\caption{{{latex(table.caption)}}}",
+           *(latex(line) + r"\\" for line in head), r"\resizebox{\linewidth}{!}{%",
+           rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\hline", rows[0], r"\hline",
+           *rows[1:], r"\hline", r"\end{tabular}}", "", *map(latex, table.notes),
+           r"\end{table}", ""]
+    common.write(path.with_suffix(".tex"), lambda file: file.write("\n".join(tex).encode()))
+    page = [r"\documentclass{article}", r"\usepackage[utf8]{inputenc}",
+            r"\usepackage{graphicx}        % \resizebox", r"\begin{document}",
+            *(rf"\IfFileExists{{{name}.tex}}{{\input{{{name}}}}}{{}}" for name in TABLES),
+            r"\end{document}", ""]
+    common.write(path.with_name("tables.tex"), lambda file: file.write("\n".join(page).encode()))
+    write_csv(path.with_suffix(".csv"),
+              [{**row, "provenance": " · ".join(head)} for row in table.rows])
+
 
 # --- main --------------------------------------------------------------------------------------
 
@@ -354,24 +824,33 @@ def list_runs(results, name):
                    "finished": record["finished"], **record["machine"]}
 
 
-def save(fig, rows, study, path):
-    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot."""
+def save_figure(fig, rows, study, path):
+    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot.
+
+    rows are those of the CSV, or of several, by what is added to the path.
+    """
     provenance = study.provenance()
     common.make_writable(path.parent)
-    if fig.axes[0].get_legend_handles_labels()[0]:
+    if fig.axes[0].get_legend_handles_labels()[0] and not fig.legends:
         fig.axes[0].legend(frameon=False)
-    fig.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))
-    fig.text(0.01, 0.012, provenance, fontsize=5.5, color=GREY)
-    write_csv(path.with_suffix(".csv"),
-              [{**row, "provenance": provenance.replace("\n", " · ")} for row in rows])
+    width, height = fig.get_size_inches()
+    foot = [part for line in provenance.split("\n")
+            for part in textwrap.wrap(line, int(28 * width), subsequent_indent="   ")]
+    bottom = (0.06 + 0.1 * len(foot)) / height
+    fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
+    fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=5.5, color=GREY)
+    for name, table in (rows if isinstance(rows, dict) else {"": rows}).items():
+        write_csv(path.with_name(f"{path.name}{name}.csv"),
+                  [{**row, "provenance": provenance.replace("\n", " · ")} for row in table])
     common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
     common.write(path.with_suffix(".pdf"), lambda file: fig.savefig(
         file, format="pdf", metadata={"CreationDate": None}))
 
 
 def main():
+    every = FIGURES | TABLES
     p = common.Parser(__doc__)
-    p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(FIGURES)}")
+    p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(every)}")
     p.add_argument("--preset", help="the preset whose runs to draw (default: the driver's rule)")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
                    help="where run folders are (default: results)")
@@ -381,22 +860,29 @@ def main():
                    help="draw Figs 7 and 8 from robustness.py --drop HOW (default: example)")
     args = p.parse_args()
     name = common.choose_preset(args.preset)
-    wanted = [common.nearest(figure, FIGURES, "figure") for figure in args.figures or FIGURES]
+    wanted = [common.nearest(figure, every, "figure or table") for figure in args.figures or every]
     common.nearest(args.drop, common.DROPS, "value of --drop")
     folder, made = args.figures_dir / name, {"complete": [], "incomplete": [], "NOT DRAWN": []}
     for figure in wanted:
         study = Study(args.results, name, args.drop)
-        fig, rows = FIGURES[figure](study)
         other = figure in ("fig7", "fig8") and args.drop != "example"
         path = folder / (f"{figure}-{args.drop}" if other else figure)
-        if study.used:
-            save(fig, rows, study, path)
-        plt.close(fig)
-        state = ("incomplete" if study.missing else "complete") if study.used else "NOT DRAWN"
+        if figure in TABLES:
+            table, kinds = TABLES[figure](study), ".md, .tex, .csv"
+            possible = study.used or not study.missing          # three tables need no runs
+            if possible:
+                save_table(table, study, path)
+        else:
+            (fig, rows), kinds = FIGURES[figure](study), ".pdf, .png, .csv"
+            possible = study.used
+            if possible:
+                save_figure(fig, rows, study, path)
+            plt.close(fig)
+        state = ("incomplete" if study.missing else "complete") if possible else "NOT DRAWN"
         made[state].append(figure)
-        print(f"{figure}: {state}" + (f", {path}.pdf, .png, .csv" if study.used else ""))
-        if not study.used and path.with_suffix(".pdf").exists():
-            print(f"  {path}.pdf is of an earlier drawing")
+        print(f"{figure}: {state}" + (f", {path}{kinds}" if possible else ""))
+        if not possible and path.with_suffix(".csv").exists():
+            print(f"  {path}.csv is of an earlier drawing")
         if study.missing:
             print(f"  {len(study.missing)} runs are missing:")
             print(*(f"    {line}" for line in study.what_is_missing()), sep="\n")

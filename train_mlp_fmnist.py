@@ -11,10 +11,6 @@ one (16.3 against 10.2 % error); trained jointly, at lambda 0.95, they all but m
 Figures 2, 3 and 9 are drawn from its runs, 7 and 8 from its weights by robustness.py.
 """
 
-import math
-from collections import defaultdict
-from dataclasses import replace
-
 import common
 
 import torch
@@ -67,50 +63,13 @@ def build(settings, shape, classes, generator):
 
 # presets.yaml, block mlp_fmnist, names them: every configuration at every lambda over the trials,
 # and bagging and stacking of 256x4H.
-EXPERIMENT = common.Experiment("mlp_fmnist", "Fashion-MNIST", {"hidden": common.COUNT}, build)
-
-
-def tuning_runs(runs, rates):
-    """Each joint run at each rate, times M since Eq. 9 divides by M, in folders tune-lrX."""
-    return [replace(run, preset=f"{run.preset}/tune-lr{lr:g}", weights=False,
-                    settings=run.settings | {"lr": lr})
-            for run in runs if run.method == "joint"
-            for lr in sorted(rate * run.settings["members"] for rate in rates)]
-
-
-def print_tuned(runs, results):
-    """The rates of the lowest mean validation error, as presets.yaml takes them."""
-    errors = defaultdict(list)
-    for run in runs:
-        result = common.read_run(results / run.path)["result"]
-        errors[run.configuration, run.lam, run.settings["lr"]].append(
-            result.get("validation_error", math.inf))       # of a diverged run
-    for configuration in dict.fromkeys(run.configuration for run in runs):
-        best = {}
-        for lam in sorted({run.lam for run in runs if run.configuration == configuration}):
-            tried = {rate: sum(e) / len(e) for (name, at, rate), e in errors.items()
-                     if (name, at) == (configuration, lam)}
-            best[lam] = min(tried, key=tried.get)
-            if len(tried) > 1 and best[lam] in (min(tried), max(tried)):
-                print(f"{configuration}, lambda {lam:g}: {best[lam]:g} is the outermost tried: "
-                      "widen `tune` in presets.yaml")
-        print(f"{configuration}: lr: {{{', '.join(f'{k:g}: {v:g}' for k, v in best.items())}}}")
+EXPERIMENT = common.Experiment("mlp_fmnist", {"hidden": common.COUNT}, build)
 
 
 # --- main --------------------------------------------------------------------------------------
 
 def main():
-    p = common.training_parser(__doc__)
-    p.add_argument("--tune", action="store_true", help="tune the learning rate of every "
-                   "configuration and lambda on validation error, as the authors did, and print it "
-                   "as presets.yaml takes it")
-    args = p.parse_args()
-    settings, data, runs = common.prepare(EXPERIMENT, args)
-    if args.tune:
-        runs = tuning_runs(runs, settings["tune"])
-    common.train_missing(EXPERIMENT, runs, data, args)
-    if args.tune and not args.dry_run:
-        print_tuned(runs, args.results)
+    common.run_study(EXPERIMENT, common.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":

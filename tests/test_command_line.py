@@ -9,6 +9,8 @@ from pathlib import Path
 import common
 import make_figures
 import robustness
+import train_convnet_cifar
+import train_densenet_cifar
 import train_mlp_fmnist
 
 import pytest
@@ -62,6 +64,35 @@ def test_bad_arguments(script, arguments, words):
     refused(script(train_mlp_fmnist, *preset, *arguments), *words)
 
 
+@pytest.mark.parametrize("module, arguments, words", [
+    (train_densenet_cifar, ["DN-High.depth=23"], ["DN-High.depth=23", "6n + 4", "10, 16, 22"]),
+    (train_densenet_cifar, ["depth=4"], ["depth=4", "6n + 4"]),
+    (train_densenet_cifar, ["members=0"], ["members=0", "at least 1"]),
+    (train_densenet_cifar, ["decay=[0.5, 1]"], ["decay=[0.5, 1]", "below 1 (the end)"]),
+    (train_densenet_cifar, ["decay=[2]"], ["decay=[2]", "shares of the epochs"]),
+    (train_densenet_cifar, ["DN-Hihg.depth=22"], ["'DN-Hihg'", "did you mean DN-High?"]),
+    (train_densenet_cifar, ["DN-High.batch=9"], ["batch holds for all", "leave 'DN-High.' out"]),
+    (train_densenet_cifar, ["precision=fp16"], ["precision=fp16", "fp32, bf16, auto"]),
+    (train_densenet_cifar, ["augment=maybe"], ["augment=maybe", "true or false"]),
+    (train_densenet_cifar, ["dataset=CIFAR"], ["dataset=CIFAR", "common.DATASETS"]),
+    (train_densenet_cifar, ["dataset=[1]"], ["dataset=[1]", "common.DATASETS"]),
+    (train_densenet_cifar, ["stacking=validation"], ["validation is 0", "stacking=training"]),
+    (train_densenet_cifar, ["nesterov=true", "momentum=0"], ["nesterov needs momentum"]),
+    (train_convnet_cifar, ["ConvNet-0.29M.strides=[1, 2]"], ["strides [1, 2]", "one stride"]),
+    (train_convnet_cifar, ["strides=[2, 2, 2, 2, 2, 2, 2]", "filters=[4, 4, 4, 4, 4, 4, 4]"],
+     ["32x32", "too small", "padding=1"]),
+    (train_convnet_cifar, ["padding=2"], ["padding=2", "0 or 1"]),
+    (train_convnet_cifar, ["filters=[]"], ["filters=[]", "one a layer"]),
+    (train_convnet_cifar, ["lr=0.1"], ["lr=0.1", "per range of lambda"]),
+])
+def test_bad_settings_of_networks_with_convolutions(script, module, arguments, words):
+    refused(script(module, "--preset", "smoke", "--set", *arguments), *words)
+
+
+def test_tuning_needs_images_held_out(script):
+    refused(script(train_densenet_cifar, "--preset", "smoke", "--tune"), "validation is 0")
+
+
 @pytest.mark.parametrize("size", ["train", "validation", "test"])
 def test_more_images_than_there_are(script, fashion_mnist, size):
     refused(script(train_mlp_fmnist, *SMALL, "--data", "real", "--set", f"{size}=70000"), size,
@@ -81,6 +112,7 @@ def test_cuda_without_a_gpu(script):
 
 @pytest.mark.parametrize("module, arguments, words", [
     (make_figures, ["fig33"], ["'fig33'", "did you mean fig3?"]),
+    (make_figures, ["tabel2"], ["'tabel2'", "did you mean table2?"]),
     (make_figures, ["--preset", "papr"], ["'papr'", "did you mean paper?"]),
     (make_figures, ["--drop", "al"], ["'al'", "example, set, probability"]),
     (robustness, ["--drop", "exmple"], ["'exmple'", "did you mean example?"]),
@@ -105,7 +137,7 @@ def tiny(presets):
     (lambda p: p["quick"]["mlp_fmnist"].update(momentum=float("nan")), ["momentum", "nan"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[0, 7]), ["lambdas", "[0, 1]"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[]), ["lambdas", "[]"]),
-    (lambda p: p["quick"].update(data="fake"), ["'fake'", "real, auto, synthetic"]),
+    (lambda p: p["quick"].update(data="fake"), ["'fake'", "real, auto, synthetic, folder"]),
     (lambda p: p["quick"].update(mlp_fmnist=None), ["mlp_fmnist is None", "a block"]),
     (lambda p: p.update(quick=3), ["quick is 3", "a block"]),
     (lambda p: p.pop("paper"), ["expected a block `paper`"]),
@@ -217,7 +249,8 @@ def test_a_package_that_is_missing(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'yaml'" in done.stderr
 
 
-@pytest.mark.parametrize("module", [train_mlp_fmnist, robustness, make_figures])
+@pytest.mark.parametrize("module", [train_mlp_fmnist, train_densenet_cifar, train_convnet_cifar,
+                                    robustness, make_figures])
 def test_help(script, module):
     status, out, _ = script(module, "--help")
     assert status == 0 and module.__doc__.splitlines()[0] in out

@@ -17,9 +17,13 @@ import train_mlp_fmnist
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(common.__file__).parent
-FIGURES = ("fig2", "fig3", "fig7", "fig8", "fig9")
+FIGURES = tuple(make_figures.FIGURES)
+TABLES = tuple(make_figures.TABLES)
+TRAINING = {"mlp_fmnist": 2 * (1 + 3 * 7 + 2), "densenet_cifar": 2 * 3 * (4 + 3),
+            "convnet_cifar": 2 * (5 * 3 + 2)}          # smoke's runs: 2 trials
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +53,37 @@ def table(folder, figure):
 def test_every_promised_file_is_there(study):
     figures = study / "figures" / "smoke"
     assert sorted(p.name for p in figures.iterdir()) == sorted(
-        ["runs.csv", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png"))])
-    assert len(table(study, "runs")) == 48
-    assert all(p.stat().st_size > 500 for p in figures.iterdir())
-    block = common.load_preset("smoke")["mlp_fmnist"]
-    runs = common.list_runs("smoke", train_mlp_fmnist.EXPERIMENT, block,
-                            {"name": "synthetic stand-in", "source": "synthetic", "seed": 0})
-    assert len(runs) == 2 * (1 + 3 * 7 + 2)
-    for run in runs:
-        assert common.finished(run, study / "results")
-        kept = {p.name for p in (study / "results" / run.path).iterdir()}
-        assert kept == {"run.json", "history.npz"} | ({"weights.pt"} if run.weights else set())
+        ["runs.csv", "tables.tex", "fig6-dominance.csv",
+         *(f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png")),
+         *(f"{table}.{kind}" for table in TABLES for kind in ("csv", "md", "tex"))])
+    assert len(table(study, "runs")) == sum(TRAINING.values())
+    assert all(p.stat().st_size > 400 for p in figures.iterdir())
+    for name, count in TRAINING.items():
+        experiment = common.experiment_of(name)
+        block = common.experiment_settings(common.load_preset("smoke"), "smoke", experiment)
+        for c in block["configurations"].values():
+            if "precision" in c:
+                c["precision"] = "bf16" if common.bf16_is_fast(torch.device("cpu")) else "fp32"
+        runs = common.list_runs("smoke", experiment, block,
+                                {"name": "synthetic stand-in", "source": "synthetic", "seed": 0})
+        assert len(runs) == count
+        for run in runs:
+            assert common.finished(run, study / "results")
+            kept = {p.name for p in (study / "results" / run.path).iterdir()}
+            assert kept == {"run.json", "history.npz"} | (
+                {"weights.pt"} if run.weights else set())
     assert sum(1 for _ in records(study, "robustness-example")) == 2 * 2 * 3
     assert {p.name for p in study.iterdir()} == {"results", "figures", "output.txt"}
+
+
+def test_weights_are_kept_only_where_something_needs_them(study):
+    """Figs 5, 7 and 8, and lambda 0 where stacking combines its members."""
+    kept = {(folder.parent.parent.name, folder.parent.name) for experiment in TRAINING
+            for _, folder in records(study, experiment) if (folder / "weights.pt").exists()}
+    assert kept == {
+        *((name, f"joint-{lam}") for name in ("64x16H", "256x4H") for lam in ("0", "0.99", "1")),
+        *((name, "joint-0") for name in ("DN-Low", "DN-Mid", "DN-High")),
+        *(("10xConvNet-0.29M", f"joint-{lam}") for lam in ("0", "1"))}
 
 
 def test_the_output_says_what_was_chosen_planned_and_made(study):
@@ -71,18 +93,23 @@ def test_the_output_says_what_was_chosen_planned_and_made(study):
     assert lines.rstrip().splitlines()[-1].startswith("done in ")
     for figure in FIGURES:
         assert f"{figure}: complete, {study}/figures/smoke/{figure}.pdf, .png, .csv" in lines
-    assert "figures: complete: fig2 fig3 fig7 fig8 fig9" in lines
+    for name in TABLES:
+        assert f"{name}: complete, {study}/figures/smoke/{name}.md, .tex, .csv" in lines
+    assert f"figures: complete: {' '.join(FIGURES + TABLES)}" in lines
 
 
 def test_a_run_says_all_that_decided_its_numbers(study):
-    for record, folder in records(study):
+    for record, folder in [run for name in TRAINING for run in records(study, name)]:
         assert record["settings"]["data"]["source"] == "synthetic"
         assert record["machine"].keys() >= {"device", "threads", "torch", "python", "commit"}
         result, history = record["result"], common.load_history(folder)
         if record["method"] == "stacking":
             continue
         epochs, members = record["settings"]["epochs"], record["settings"]["members"]
-        for part in ("train", "validation"):
+        second = "validation" if record["settings"]["validation"] else "test"
+        for part in ("train", second):
+            if part == "train" and record["settings"].get("bagging") == "resample":
+                continue                # members with images of their own form no ensemble there
             for key in ("member_loss", "member_error"):
                 assert history[f"{part}_{key}"].shape == (epochs, members)
             np.testing.assert_allclose(history[f"{part}_mean_member_loss"],
@@ -90,14 +117,17 @@ def test_a_run_says_all_that_decided_its_numbers(study):
             np.testing.assert_allclose(
                 history[f"{part}_diversity"], history[f"{part}_mean_member_loss"]
                 - history[f"{part}_ensemble_loss"], atol=1e-5)
-        assert history["test_member_error"].shape == (members,)
+        assert history["reported_test_member_error"].shape == (members,)
+        if second == "test":
+            assert result["epoch"] == epochs
+            continue
         assert result["epoch"] == 1 + history["validation_ensemble_error"].argmin()
         assert result["validation_error"] == pytest.approx(
             history["validation_ensemble_error"].min())
 
 
-def expected(study, configuration, method, key):
-    values = [record["result"][key] for record, folder in records(study)
+def expected(study, configuration, method, key, experiment="mlp_fmnist"):
+    values = [record["result"][key] for record, folder in records(study, experiment)
               if (record["configuration"], folder.parent.name) == (configuration, method)]
     assert len(values) == 2
     return sum(values) / 2, abs(values[0] - values[1]) / 2    # standard error, ddof 1, of two
@@ -113,6 +143,114 @@ def test_errors_equal_the_run_folders(study, figure, rows):
         assert float(row["standard_error"]) == pytest.approx(100 * error, abs=1e-12)
         assert row["n"] == "2" and row["diverged"] == "0"
         assert "SYNTHETIC STAND-IN" in row["provenance"]
+
+
+@pytest.mark.parametrize("name, experiment, rows", [("fig4", "convnet_cifar", 15),
+                                                    ("table2", "densenet_cifar", 21)])
+def test_the_errors_on_cifar_equal_the_run_folders(study, name, experiment, rows):
+    found = table(study, name)
+    assert len(found) == rows
+    for configuration in {row["configuration"] for row in found}:
+        own = [row for row in found if row["configuration"] == configuration]
+        for row in own:
+            mean, error = expected(study, configuration, row["method"], "test_ensemble_error",
+                                   experiment)
+            assert float(row["test_error_percent"]) == pytest.approx(100 * mean, abs=1e-12)
+            assert float(row["standard_error"]) == pytest.approx(100 * error, abs=1e-12)
+            assert row["n"] == "2" and row["diverged"] == "0"
+            assert "SYNTHETIC STAND-IN" in row["provenance"] and "reduced:" in row["provenance"]
+        lowest = min(float(row["test_error_percent"]) for row in own)
+        marked = [float(row["test_error_percent"]) for row in own if row["minimum"] == "True"]
+        assert marked and set(marked) == {lowest}
+
+
+def test_table_2_is_the_same_in_all_its_forms(study):
+    figures = study / "figures" / "smoke"
+    text, tex = ((figures / f"table2.{kind}").read_text() for kind in ("md", "tex"))
+    for row in table(study, "table2"):
+        mean = f"{float(row['test_error_percent']):.1f}"
+        error = f"{float(row['standard_error']):.1f}, n = 2"
+        theirs = f" (paper: {row['published_percent']})" if row["published_percent"] else ""
+        bold = row["minimum"] == "True"
+        assert (f"**{mean}**" if bold else mean) + f" ± {error}{theirs}" in text
+        assert (rf"\textbf{{{mean}}}" if bold else mean) + rf" $\pm$ {error}{theirs}" in tex
+    published = {row["published_percent"] for row in table(study, "table2")} - {""}
+    assert {"17.8", "19.9", "23.5", "29.6"} <= published and len(published) == 18
+    assert text.index("SYNTHETIC") < text.index("| DN-Low")
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_the_tables_compile(study, tmp_path):
+    for path in (study / "figures" / "smoke").glob("table*.tex"):
+        shutil.copy(path, tmp_path)
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout and (tmp_path / "tables.pdf").stat().st_size > 10_000
+
+
+def test_the_tables_of_architectures(study):
+    first = {row["configuration"]: row for row in table(study, "table1")}
+    assert first["DN-High"]["parameters"] == "3200128"
+    assert first["DN-High, preset smoke"]["depth"] == "10"
+    assert {row["peak_cuda_memory"] for row in first.values()} == {"not measured on CUDA"}
+    saved = [int(first[name]["bytes_saved_for_backward"]) for name in ("DN-High", "DN-Mid",
+                                                                      "DN-Low")]
+    assert max(saved) < 1.1 * min(saved) and min(saved) > 8e9       # "approximately" one size
+    fourth = {row["configuration"]: row for row in table(study, "table4")}
+    assert fourth["ConvNet-0.07M"]["parameters"] == "62820"
+    assert [name for name, row in fourth.items() if row["differs"] == "True"] == [
+        "ConvNet-0.07M", "ConvNet-1.20M"]
+    assert "0.07M computes to 0.063M" in (study / "figures/smoke/table4.md").read_text()
+
+
+def test_fig5_equals_the_weights(study):
+    found = table(study, "fig5")
+    assert len(found) == 2 * 2 * 10
+    for row in found:
+        folder = study / "results/smoke/convnet_cifar/10xConvNet-0.29M" / row["method"] / (
+            f"trial{row['trial']}")
+        weights = common.load_weights(folder, "cpu")
+        norms = [weights[f"members.{m}.0.weight"].norm().item() for m in range(10)]
+        m = int(row["member"])
+        assert float(row["filter_norm"]) == pytest.approx(norms[m])
+        assert float(row["relative_filter_norm"]) == pytest.approx(norms[m] / max(norms))
+        record = json.loads((folder / "run.json").read_text())
+        run = common.Run("", record["experiment"], record["configuration"], "joint", 0,
+                         record["trial"], record["settings"], False)
+        start = common.experiment_of("convnet_cifar").build(
+            record["settings"], (3, 32, 32), 100, run.generator("initialisation")).state_dict()
+        own = [key for key in weights if key.startswith(f"members.{m}.")]
+        moved = sum((weights[key] - start[key]).square().sum() for key in own).sqrt()
+        norm = sum(start[key].square().sum() for key in own).sqrt()
+        assert float(row["relative_distance_from_initial_weights"]) == pytest.approx(
+            (moved / norm).item(), rel=1e-4)
+        assert moved > 0
+
+
+def test_fig6_equals_the_histories(study):
+    found, numbers = table(study, "fig6"), table(study, "fig6-dominance")
+    assert len(numbers) == 2 * (4 + 7)
+    for row in numbers:
+        experiment = "densenet_cifar" if row["configuration"] == "DN-High" else "mlp_fmnist"
+        folder = study / "results/smoke" / experiment / row["configuration"] / (
+            f"joint-{common.lambda_name(float(row['lambda']))}") / f"trial{row['trial']}"
+        history, epoch = common.load_history(folder), json.loads(
+            (folder / "run.json").read_text())["result"]["epoch"]
+        test, train = history["reported_test_member_error"], history["train_member_error"]
+        assert float(row["test_dominance"]) == pytest.approx(100 * (np.median(test) - test.min()))
+        assert float(row["train_best_member_error"]) == pytest.approx(100 * train[epoch - 1].min())
+        first, second = np.sort(train[2])[:2]
+        assert float(row["gap_at_epoch_3"]) == pytest.approx(100 * (second - first), abs=1e-4)
+        assert row["same"] == str(train[2].argmin() == train[epoch - 1].argmin())
+        drawn = {r["who"]: float(r["error_percent"]) for r in found if r["epoch"] == "end" and all(
+            r[key] == row[key] for key in ("configuration", "lambda", "trial"))
+            and r["part"] == "test"}
+        assert len(drawn) == 1 + len(test)
+        assert drawn["member 2"] == pytest.approx(100 * test[1])
+    by_epoch = [row for row in found if row["epoch"] != "end"]
+    assert {(row["configuration"], row["part"]) for row in by_epoch} == {
+        ("DN-High", "train"), ("DN-High", "test"), ("256x4H", "train"), ("256x4H", "validation")}
 
 
 def test_fig9_equals_the_run_folders(study):
@@ -181,7 +319,8 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     assert "WARNING: this machine has a GPU that torch cannot use (GPU 0: a card" in done.stdout
     assert "fig2: NOT DRAWN" in done.stdout and f"{tmp_path}/nowhere is not a folder" in done.stderr
     _, summary = done.stdout.split("NOT COMPLETE")
-    for stage in ("data", "MLPs on Fashion-MNIST", "robustness", "figures"):
+    for stage in ("data: CIFAR-100", "MLPs on Fashion-MNIST", "DenseNets on CIFAR-100",
+                  "ConvNets on CIFAR-100", "robustness", "figures"):
         assert f"  {stage} (exit status" in summary
     assert {p.name for p in tmp_path.iterdir()} == {"nvidia-smi"}
 

@@ -1,5 +1,6 @@
 """Networks, data splits and the training loop."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 SETTINGS = {"members": 4, "hidden": 3, "seed": 0, "lr": 0.4, "epochs": 4, "train": 300,
-            "validation": 100, "test": 150, "batch": 40, "momentum": 0.9, "weight_decay": 0.0}
+            "validation": 100, "test": 150, "batch": 40, "augment": False, "momentum": 0.9,
+            "nesterov": False, "weight_decay": 0.0, "decay": []}
 
 
 def a_run(method="joint", lam=0.0, trial=0, weights=False, **changes):
@@ -211,16 +213,20 @@ def test_of_equal_epochs_the_first_is_reported(data):
     assert len({validation["ensemble_error"] for _, validation in history}) == 1 and epoch == 1
 
 
-def test_test_labels_decide_nothing(data, tmp_path):
+@pytest.mark.parametrize("stacking, validation", [("validation", 100), ("training", 100),
+                                                  ("training", 0)])
+def test_test_labels_decide_nothing(data, tmp_path, stacking, validation):
     """With other test labels the same weights, epoch and stacking penalty come out."""
     shuffled = replace(data, test_labels=data.test_labels.flip(0))
     outcome = []
     for name, images in (("a", data), ("b", shuffled)):
-        common.do_run(EXPERIMENT, a_run(weights=True), images, tmp_path / name, lambda *_: None)
-        stacking = a_run("stacking", stacking="validation", folds=2, penalties=[0.01, 1.0])
-        result = common.do_run(EXPERIMENT, stacking, images, tmp_path / name, lambda *_: None)
-        folder = tmp_path / name / stacking.path
-        outcome.append((common.load_weights(tmp_path / name / a_run().path, "cpu"),
+        joint = a_run(weights=True, validation=validation)
+        common.do_run(EXPERIMENT, joint, images, tmp_path / name, lambda *_: None)
+        stacked = a_run("stacking", stacking=stacking, folds=2, penalties=[0.01, 1.0],
+                        validation=validation)
+        result = common.do_run(EXPERIMENT, stacked, images, tmp_path / name, lambda *_: None)
+        folder = tmp_path / name / stacked.path
+        outcome.append((common.load_weights(tmp_path / name / joint.path, "cpu"),
                         common.load_history(folder)["cross_validated_loss"], result["penalty"]))
     (one, losses, penalty), (other, other_losses, other_penalty) = outcome
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -309,3 +315,138 @@ def test_a_broken_loss_loses_that_order(monkeypatch):
     monkeypatch.setattr(common, "fused_joint_loss", lambda z, y, lam, weights=None:
                         whole(z, y, -lam, weights))
     assert gain_of_joint_training() <= 0.02
+
+
+# --- The protocol of the networks with convolutions ---------------------------------------------
+
+PAPERS_RATES = {     # epoch -> learning rate, appendix B.2 and B.3
+    "densenet_cifar": {1: 0.1, 150: 0.1, 151: 0.01, 225: 0.01, 226: 0.001, 300: 0.001},
+    "convnet_cifar": {1: 0.1, 200: 0.1, 201: 0.01, 300: 0.01, 301: 0.001, 400: 0.001},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS_RATES)
+def test_the_learning_rate_of_each_epoch(name):
+    experiment = common.experiment_of(name)
+    block = common.experiment_settings(common.load_preset("paper"), "paper", experiment)
+    run, *_ = common.list_runs("paper", experiment, block, {}, lambdas=[0])
+    rates = [common.rate_at(run.settings, epoch) for epoch in range(1, block["epochs"] + 1)]
+    assert rates == sorted(rates, reverse=True)
+    for epoch, rate in PAPERS_RATES[name].items():
+        assert rates[epoch - 1] == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_optimizer_steps_at_the_rate_of_the_epoch(data, monkeypatch):
+    rates = []
+    real = common.training_step
+    monkeypatch.setattr(common, "training_step", lambda ensemble, optimizer, *a: rates.append(
+        optimizer.param_groups[0]["lr"]) or real(ensemble, optimizer, *a))
+    common.train(EXPERIMENT, a_run(decay=[0.5, 0.75], batch=300), data)
+    assert rates == pytest.approx([0.4, 0.4, 0.04, 0.004])
+
+
+def test_without_a_validation_split_the_last_epoch_is_reported(data, tmp_path):
+    run = a_run(lam=0.9, epochs=8, lr=4.0, validation=0, train=None)
+    result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
+    history = common.load_history(tmp_path / run.path)
+    assert result["epoch"] == 8 and "validation_error" not in result
+    assert result["test_ensemble_error"] == pytest.approx(history["test_ensemble_error"][-1])
+    assert history["test_ensemble_error"].argmin() < 7, "the case worth testing"
+    assert history["reported_test_member_error"].shape == (4,)
+    assert not any(key.startswith("validation") for key in history)
+    training, held_out = common.split(400, 0, 0)
+    assert training.tolist() == list(range(400)) and len(held_out) == 0
+
+
+def small_densenet(method="joint", **changes):
+    """A run of a small DenseNet ensemble on 3-channel images."""
+    settings = SETTINGS | {"members": 3, "depth": 10, "growth": 3, "precision": "fp32", "lr": 0.1,
+                           "train": 60, "validation": 0, "epochs": 1, "batch": 20,
+                           "augment": True, "weight_decay": 1e-3}
+    return common.Run("test", "densenet_cifar", "small", method, 0, 0, settings | changes, False)
+
+
+@pytest.fixture(scope="module")
+def colour():
+    return common.synthetic(10, (3, 16, 16), 60, 30)
+
+
+def test_independent_at_its_own_rate_minimises_the_sum_of_the_losses(colour):
+    """Method `independent`: SGD on the sum, at the rate and the weight decay of the shared loss."""
+    experiment = common.experiment_of("densenet_cifar")
+    shared = small_densenet(augment=False)
+    run = replace(shared, method="independent",
+                  settings=shared.settings | common.own_rate(shared.settings))
+    start, _ = common.new_ensemble(experiment, run, colour)
+    trained, *_ = common.train(experiment, run, colour)
+    sgd = torch.optim.SGD(start.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    for rows in torch.randperm(60, generator=run.generator("order")).split(20):
+        logits = start.train()(colour.normalise(colour.train_images[rows]))
+        loss = sum(F.cross_entropy(logits[:, m], colour.train_labels[rows]) for m in range(3))
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    for p, q in zip(start.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-5)
+
+
+def test_a_bagged_densenet_trains_on_its_own_images_labels_and_moves(colour):
+    """Each member equals a DenseNet alone on its bootstrap, batch norm's statistics included."""
+    experiment = common.experiment_of("densenet_cifar")
+    run = small_densenet("bagging", bagging="resample")
+    start, _ = common.new_ensemble(experiment, run, colour)
+    networks = [copy.deepcopy(member) for member in start.members]
+    trained, *_ = common.train(experiment, run, colour)
+    draws = common.bootstraps(60, 3, run.generator("bootstrap"))
+    moves = common.draw_moves((60, 3), run.generator("augmentation"))
+    padded = F.pad(colour.train_images, [4] * 4)
+    order = torch.randperm(60, generator=run.generator("order"))
+    assert not torch.equal(draws[:, 0], draws[:, 1])
+    for m, network in enumerate(networks):
+        sgd = torch.optim.SGD(network.parameters(), lr=0.1 / 3, momentum=0.9, weight_decay=3e-3)
+        for rows in order.split(20):
+            own = draws[rows, m]
+            images = common.crop_and_flip(padded, own, moves[rows, m])
+            sgd.zero_grad()
+            F.cross_entropy(network(colour.normalise(images)), colour.train_labels[own]).backward()
+            sgd.step()
+        for p, q in zip(network.state_dict().values(), trained.members[m].state_dict().values(),
+                        strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4)
+
+
+def test_augmentation_is_of_the_trial_and_moves_with_the_seed(colour, monkeypatch):
+    seen = []
+    real = common.crop_and_flip
+    monkeypatch.setattr(common, "crop_and_flip", lambda padded, rows, moves: seen.append(
+        moves.sum().item()) or real(padded, rows, moves))
+    experiment = common.experiment_of("densenet_cifar")
+    for changes in ({}, {"lr": 0.01}, {"seed": 1}):
+        common.train(experiment, small_densenet(**changes), colour)
+    assert seen[:3] == seen[3:6] != seen[6:]
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"),
+     ["2.50 GiB more", "70.0 of 80.0 GB"]),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 123 bytes. Error code 12"), ["123 bytes more"])])
+def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkeypatch, error,
+                                                          words):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(common, "training_step", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 10**9, 80 * 10**9))
+    with pytest.raises(common.Refused) as refusal:
+        common.do_run(EXPERIMENT, a_run(), data, tmp_path, lambda *_: None)
+    for word in (*words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members"):
+        assert word in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(common, "training_step", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        common.do_run(EXPERIMENT, a_run(), data, tmp_path, lambda *_: None)

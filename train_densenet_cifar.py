@@ -1,0 +1,90 @@
+"""High-capacity members: ensembles of DenseNets on CIFAR-100 (Sec. 4, appendix B.2).
+
+Three ways to fill a GPU, from 4 large networks (DN-High) to 16 smaller ones (DN-Low), each trained
+from independent (lambda 0) to end-to-end (lambda 1). The claim: here end-to-end fails. It is worse
+than independent training in all three (22.1 against 17.8 % error for DN-High), and at lambda 1 one
+member learns while the others stay poor: one network dominates.
+
+    python train_densenet_cifar.py                      # all runs, at a size that fits the machine
+    python train_densenet_cifar.py --only DN-High --lambdas 0 1 --trials 1
+
+Tables 1 and 2 and the upper half of Figure 6 are made from its runs.
+"""
+
+import common
+
+import torch
+from torch import nn
+
+# --- The model ---------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """Adds `growth` feature maps to those it is given: (N, C, H, W) -> (N, C + growth, H, W)."""
+
+    def __init__(self, channels, growth):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
+            nn.Conv2d(channels, 4 * growth, 1, bias=False),
+            nn.BatchNorm2d(4 * growth), nn.ReLU(inplace=True),
+            nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False))
+
+    def forward(self, x):
+        return torch.cat([x, self.layers(x)], 1)
+
+
+def densenet_bc(depth, growth, channels, classes):
+    """DenseNet-BC (Huang et al. 2017) for small images: (N, C, H, W) -> logits (N, K).
+
+    Three dense blocks of (depth - 4) / 6 bottlenecks; between them the feature maps are halved in
+    number (compression 0.5) and in size. Initial weights as in Amos and Kolter's implementation.
+    """
+    width = 2 * growth
+    layers = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+    for block in range(3):
+        for _ in range((depth - 4) // 6):
+            layers.append(Bottleneck(width, growth))
+            width += growth
+        if block < 2:
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+                       nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2)]
+            width //= 2
+    layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+               nn.Linear(width, classes)]
+    network = nn.Sequential(*layers)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):        # normal, variance 2 / (kernel area * outputs)
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    nn.init.zeros_(layers[-1].bias)
+    return network
+
+
+def build(settings, shape, classes, generator):
+    if min(shape[1:]) < 4:
+        raise common.Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a DenseNet,"
+                             " which halves them twice: at least 4x4 were expected")
+    return common.Ensemble(
+        lambda: densenet_bc(settings["depth"], settings["growth"], shape[0], classes),
+        settings["members"], generator, settings["precision"])
+
+
+DEPTH = (lambda x: common.COUNT[0](x) and x >= 10 and x % 6 == 4,
+         "a depth of 6n + 4 with n of at least 1 (10, 16, 22, ...)")
+
+# --- The runs ----------------------------------------------------------------------------------
+
+# presets.yaml, block densenet_cifar, names them: every configuration at every lambda, independent
+# at its own learning rate, bagging and stacking, over the trials.
+EXPERIMENT = common.Experiment("densenet_cifar", {
+    "depth": DEPTH, "growth": common.COUNT, "precision": common.PRECISION}, build)
+
+
+# --- main --------------------------------------------------------------------------------------
+
+def main():
+    common.run_study(EXPERIMENT, common.training_parser(__doc__).parse_args())
+
+
+if __name__ == "__main__":
+    common.command_line(main)
