@@ -298,7 +298,7 @@ def fig3(study):
     fig, ax = plt.subplots()
     rows, every = [], set()
     printed = study.published["fig2"]["test_error_percent"]
-    for configuration, style in zip(("256x4H", "64x16H", "16x64H"), STYLES, strict=True):
+    for configuration, style in zip(("256x4H", "64x16H", "16x64H"), STYLES, strict=False):
         lambdas = study.lambdas("mlp_fmnist", configuration)
         every |= set(lambdas)
         points = [study.point("mlp_fmnist", configuration, f"joint-{common.lambda_name(lam)}")
@@ -325,7 +325,7 @@ def fig3(study):
 def robustness_figure(study, configuration):
     fig, ax = plt.subplots()
     rows = []
-    for method, style in zip(("joint-0", "joint-0.99", "joint-1"), STYLES, strict=True):
+    for method, style in zip(("joint-0", "joint-0.99", "joint-1"), STYLES, strict=False):
         curves = study.curves(configuration, method)
         if not curves:
             continue

@@ -122,11 +122,13 @@ def main():
         if done[i]:
             continue
         s = record["settings"]
-        wanted = (record["experiment"], s["data"], s["train"], s["validation"], s["test"])
+        wanted = (s["dataset"], s["data"], s["train"], s["validation"], s["test"])
         if wanted != loaded:
-            name = common.experiment_of(record["experiment"]).dataset
-            data = common.load_data(name, s["data"]["source"], s, args.data_dir).to(device)
+            data = common.load_data(s["dataset"], s["data"]["source"], s, args.data_dir).to(device)
             loaded = wanted
+            if other := common.difference(s["data"], data.description):
+                raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]}"
+                                     f" there and {other[2]} here; name its --data-dir")
         error = 100 * measure(run, record, folder, data, args.results)
         print(f"[{i + 1}/{len(runs)}] {run.label}: test error {error[0]:.2f} % with all members, "
               f"{error[len(error) // 2]:.2f} % with about half of them", flush=True)

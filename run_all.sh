@@ -150,7 +150,7 @@ stage "plan: ConvNets" plan convnet
 stage "MLPs on Fashion-MNIST" mlp
 stage "DenseNets on CIFAR-100" densenet
 stage "ConvNets on CIFAR-100" convnet
-stage "robustness" "$python" robustness.py --preset "$what" "${drop[@]}"
+stage "robustness" "$python" robustness.py --preset "$what" --only 64x16H 256x4H "${drop[@]}"
 stage "figures" "$python" make_figures.py --preset "$what" "${draw[@]}"
 
 echo
