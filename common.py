@@ -1352,10 +1352,13 @@ def cost(experiment, run, data):
     part = data.train_images[:size], data.train_labels[:size]
     example = seconds_about(lambda: evaluate(ensemble, data, *part), device) / len(part[1])
     n = s["train"] or len(data.train_labels) - s["validation"]
-    if run.method == "stacking":        # a fit costs about as much as a dozen evaluations
+    if run.method == "stacking":        # predictions, and fits of about 100 products and gradients
+        fitted = s["validation"] if s["stacking"] == "validation" else n
+        logits = torch.zeros(len(part[1]), s["members"] * data.classes, device=device)
+        product = seconds_about(lambda: logits.T @ (logits @ logits.new_zeros(
+            logits.shape[1], data.classes)), device, 0.1) / len(logits)
         fits = s["folds"] * len(s["penalties"]) + 1
-        return 12 * fits * example * (
-            s["validation"] if s["stacking"] == "validation" else n), 0, 0
+        return (fitted + len(data.test_labels)) * example + 100 * fits * fitted * product, 0, 0
     ensemble.train()
     step = seconds_about(lambda: training_step(
         ensemble, optimizer, scores, data.normalise(data.train_images[index]),

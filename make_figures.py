@@ -414,7 +414,7 @@ def fig4(study):
         rows += points
     ax.plot([], [], "o", markersize=10, markerfacecolor="none", markeredgecolor=GREY,
             label="minimum")
-    ax.set_xticks(sorted(every))
+    ax.set_xticks(sorted(every), map(common.lambda_name, sorted(every)))
     ax.set_xlabel("λ  (0: independent, 1: end-to-end)")
     ax.set_ylabel("test error (%)")
     return fig, rows
@@ -468,12 +468,14 @@ def fig5(study):
         image.set_title(f"{title}\ntest error {error:.1f} %", fontsize=8)
         x = np.arange(members)
         bars.bar(x - 0.2, [row["filter_norm"] for row in own], 0.4, color=BLUE,
-                 label="norm of its filters")
+                 label="norm of the member's first-layer filters")
         bars.bar(x + 0.2, [row["relative_distance_from_initial_weights"] for row in own], 0.4,
-                 color=ORANGE, label="distance from its initial weights / their norm")
+                 color=ORANGE, label="its distance from its initial weights, over their norm")
         bars.set_xticks(x, x + 1)
-        bars.set_xlabel("member" + (f" (trial {record['trial']})" if column == 0 else ""))
-    axes[1, 0].set_ylabel("per member")
+        bars.set_xlabel(f"member (trial {record['trial']})")
+    axes[1, 0].set_ylabel("norm, relative distance")
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2,
+               frameon=False)
     return fig, rows
 
 
@@ -524,8 +526,7 @@ def fig6(study):
                               history["reported_test_member_error"])))
             last = found if lam == 1 else last
         for part, ax in enumerate(line[:2]):
-            ax.set_title(f"{configuration}: {('training', 'test')[part]} error at the end",
-                         fontsize=8)
+            ax.set_title(f"{configuration}: {('training', 'test')[part]} error, end", fontsize=8)
             for lam, trial, *scores in ends:
                 ensemble, members = scores[part]
                 ax.plot(np.full(len(members), lam), 100 * members, "_", color=GREY, alpha=0.5,
@@ -542,13 +543,13 @@ def fig6(study):
                 lambda_axis(ax, lambdas)
                 ax.tick_params("x", labelsize=6.5)
             else:
-                ax.set_xticks(lambdas)
+                ax.set_xticks(lambdas, map(common.lambda_name, lambdas), fontsize=6.5)
             ax.set_xlabel("λ" if experiment != "mlp_fmnist" else "λ (not to scale)")
             ax.set_ylabel("error (%)")
         for ax, part in zip(line[2:], ("train", "test" if experiment != "mlp_fmnist" else
                                        "validation"), strict=True):
             words = {"train": "training"}.get(part, part)
-            ax.set_title(f"{configuration}, λ = 1: {words} error by epoch", fontsize=8)
+            ax.set_title(f"{configuration}: {words} error, λ = 1", fontsize=8)
             for record, history in last:
                 ensemble = history[f"{part}_ensemble_error"]
                 members = history[f"{part}_member_error"]                       # (epochs, M)
@@ -835,7 +836,7 @@ def save_figure(fig, rows, study, path):
         fig.axes[0].legend(frameon=False)
     width, height = fig.get_size_inches()
     foot = [part for line in provenance.split("\n")
-            for part in textwrap.wrap(line, int(28 * width), subsequent_indent="   ")]
+            for part in textwrap.wrap(line, int(25 * width), subsequent_indent="   ")]
     bottom = (0.06 + 0.1 * len(foot)) / height
     fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=5.5, color=GREY)
