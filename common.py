@@ -507,8 +507,12 @@ def read_image_folder(folder):
         state.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = DEFAULT_DATA_DIR / f"folder-{state.hexdigest()[:16]}.npz"
     if cache.is_file():
-        with np.load(cache, allow_pickle=False) as file:
-            arrays = dict(file)
+        try:
+            with np.load(cache, allow_pickle=False) as file:
+                arrays = dict(file)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise Refused(f"{cache}, the decoded images of {folder}, cannot be read ({error}): "
+                          "remove it, and they are decoded again") from error
     else:
         arrays = _decode(folder, train, test)
         try:
@@ -537,7 +541,7 @@ def _decode(folder, train, test):
             path, _ = part.samples[i]
             try:
                 pixels = np.asarray(part.loader(path))              # (H, W, 3)
-            except OSError as error:
+            except (OSError, SyntaxError, ValueError) as error:     # PIL's, of a damaged image
                 raise Refused(f"{path} cannot be decoded ({error}): mend or remove it") from error
             shape = shape or pixels.shape
             if pixels.shape != shape:

@@ -88,7 +88,7 @@ def ours(name, block, data, training):
     """Functions that take one of our steps and one of our evaluations."""
     settings = block["configurations"][name]
     settings = settings | {"lr": common.learning_rate(settings["lr"], 0.95), "seed": 0,
-                           "momentum": block["momentum"], "weight_decay": block["weight_decay"]}
+                           **{k: block[k] for k in ("momentum", "nesterov", "weight_decay")}}
     run = common.Run("bench", "mlp_fmnist", name, "joint", 0.95, 0, settings, False)
     ensemble, optimizer = common.new_ensemble(train_mlp_fmnist.EXPERIMENT, run, data)
     scores = common.Scores(settings["members"], data.device)
@@ -111,7 +111,8 @@ def main():
     p.add_argument("--device", default="auto")
     args = p.parse_args()
     device = common.choose_device(args.device)
-    block = common.load_preset("paper")["mlp_fmnist"]
+    block = common.experiment_settings(common.load_preset("paper"), "paper",
+                                       train_mlp_fmnist.EXPERIMENT)
     on_disk = common.find_data("Fashion-MNIST", "auto", download=False)
     data = common.load_data("Fashion-MNIST", "real" if on_disk else "synthetic", block).to(device)
     training = common.split(len(data.train_labels), 0, VALIDATION)[0].to(device)

@@ -135,6 +135,14 @@ def test_a_folder_of_images(photographs, capsys):
     assert other.description != data.description
 
 
+def test_decoded_images_that_were_damaged_are_not_believed(photographs):
+    common.find_data("CIFAR-100", "folder", photographs)
+    (cache,) = common.DEFAULT_DATA_DIR.iterdir()
+    cache.write_bytes(cache.read_bytes()[:-200])
+    with pytest.raises(common.Refused, match=f"{cache.name}.*remove it"):
+        common.find_data("CIFAR-100", "folder", photographs)
+
+
 def test_a_folder_that_cannot_be_cached_is_read_all_the_same(photographs, monkeypatch, capsys):
     blocked = photographs / "file"
     blocked.write_text("")
