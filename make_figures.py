@@ -417,6 +417,7 @@ def fig4(study):
     ax.set_xticks(sorted(every), map(common.lambda_name, sorted(every)))
     ax.set_xlabel("λ  (0: independent, 1: end-to-end)")
     ax.set_ylabel("test error (%)")
+    fig.legend(loc="outside upper center", ncols=3, frameon=False)
     return fig, rows
 
 
