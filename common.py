@@ -434,18 +434,18 @@ def read_fashion_mnist(folder):
 
 
 CIFAR_MEAN_AND_STD = {
-    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "CIFAR-100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
 
 def read_cifar(name, folder):
     """CIFAR-10 or -100 from a folder with torchvision's archive, or what it unpacks to, or None.
 
-    `name` is the dataset's class in torchvision, which checks the MD5 of every file. Raises Refused
-    if the archive or its content is incomplete, truncated or not the data set's own.
+    torchvision checks the MD5 of every file. Raises Refused if the archive or its content is
+    incomplete, truncated or not the data set's own.
     """
-    dataset = getattr(torchvision.datasets, name)
+    dataset = getattr(torchvision.datasets, DATASETS[name].torchvision)
     archive, unpacked = folder / dataset.filename, folder / dataset.base_folder
     if not archive.is_file() and not unpacked.is_dir():
         return None
@@ -463,13 +463,12 @@ def read_cifar(name, folder):
             raise Refused(f"{unpacked} is incomplete or damaged (a file is missing or has the "
                           f"wrong MD5): remove it and put {dataset.filename} into {folder}"
                           ) from error
-    description = DATASETS["CIFAR-100" if name == "CIFAR100" else "CIFAR-10"].description
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in CIFAR_MEAN_AND_STD[name])
     (images, labels), (test_images, test_labels) = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (train, test))
-    return Data(description, str(folder), len(train.classes), images, labels, test_images,
-                test_labels, mean, std)
+    return Data(DATASETS[name].description, str(folder), len(train.classes), images, labels,
+                test_images, test_labels, mean, std)
 
 
 def read_image_folder(folder):
@@ -612,11 +611,11 @@ class Dataset:
     ways: str             # how else to get it, for a message
 
 
-def _cifar(name, torchvision_name, classes, md5):
+def _cifar(name, classes, md5):
     return Dataset(
         {"name": name, "source": "real", "md5": md5},
-        functools.partial(read_cifar, torchvision_name), None, torchvision_name, classes,
-        (3, 32, 32), 50000, 10000,
+        functools.partial(read_cifar, name), None, name.replace("-", ""), classes, (3, 32, 32),
+        50000, 10000,
         f"put torchvision's archive of it ({name.lower()}-python.tar.gz) into a folder and pass "
         "--data-dir FOLDER; or images of your own: --data folder --data-dir FOLDER")
 
@@ -628,8 +627,8 @@ DATASETS = {
         read_fashion_mnist, DEBIAN_FASHION_MNIST, "FashionMNIST", 10, (1, 28, 28), 60000, 10000,
         "`apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or put the four files "
         "*-ubyte.gz of Fashion-MNIST into a folder and pass --data-dir FOLDER"),
-    "CIFAR-100": _cifar("CIFAR-100", "CIFAR100", 100, "eb9058c3a382ffc7106e4002c42a8d85"),
-    "CIFAR-10": _cifar("CIFAR-10", "CIFAR10", 10, "c58f30108f718f92721af3b95e74349a"),
+    "CIFAR-100": _cifar("CIFAR-100", 100, "eb9058c3a382ffc7106e4002c42a8d85"),
+    "CIFAR-10": _cifar("CIFAR-10", 10, "c58f30108f718f92721af3b95e74349a"),
 }
 
 

@@ -607,7 +607,7 @@ class Table:
     notes: list
 
 
-def untrained(study, experiment, settings, classes=100):
+def untrained(experiment, settings, classes=100):
     """An ensemble that takes no memory: for counting, of 3-channel images as CIFAR's."""
     with torch.device("meta"):
         return common.experiment_of(experiment).build(
@@ -655,7 +655,7 @@ def table1(study):
             c = block["configurations"][name]
             if block is mine and all(c[k] == paper["configurations"][name][k] for k in sizes):
                 continue
-            ensemble = untrained(study, "densenet_cifar", c)
+            ensemble = untrained("densenet_cifar", c)
             saved = bytes_saved_for_backward(ensemble, paper["batch"])
             peak = peak_on_cuda(study, "densenet_cifar", name) if c == mine["configurations"][
                 name] else "not measured on CUDA"
@@ -726,7 +726,7 @@ def table3(study):
     block, cells, rows = study.block("densenet_cifar", study.paper), [], []
     for name, theirs in study.published["table1"]["rows"].items():
         c = block["configurations"][name]
-        count = parameters(untrained(study, "densenet_cifar", c))
+        count = parameters(untrained("densenet_cifar", c))
         rows.append({"configuration": name, "depth": c["depth"], "k": c["growth"],
                      "modules": c["members"], "parameters": count,
                      "published_parameters": theirs["parameters"]})
@@ -742,7 +742,7 @@ def table4(study):
     block, cells, rows = study.block("convnet_cifar", study.paper), [], []
     for name, theirs in study.published["table4"]["rows"].items():
         c = block["configurations"][name]
-        count = parameters(untrained(study, "convnet_cifar", c)) // c["members"]
+        count = parameters(untrained("convnet_cifar", c)) // c["members"]
         differs = theirs != f"{count / 1e6:.2f}M"
         rows.append({"configuration": name, "filters": " ".join(map(str, c["filters"])),
                      "strides": " ".join(map(str, c["strides"])), "parameters": count,

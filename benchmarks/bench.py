@@ -11,7 +11,6 @@ alike; the medians are compared.
 """
 
 import argparse
-import csv
 import resource
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
+import make_figures
 import train_mlp_fmnist
 
 import torch
@@ -149,10 +149,7 @@ def main():
           f"textbook way; peak memory of this process "
           f"{peak / (1e6 if sys.platform == 'darwin' else 1e3):.0f} MB")
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, **where} for row in rows)
+        make_figures.write_csv(args.csv, [{**row, **where} for row in rows])
 
 
 if __name__ == "__main__":

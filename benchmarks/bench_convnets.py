@@ -10,7 +10,6 @@ are timed in turn, one step each over several rounds, and the medians compared.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
+import make_figures
 import train_convnet_cifar
 
 import torch
@@ -108,10 +108,7 @@ def main():
                      "step_ms": 1000 * seconds, "ratio": ratio})
         print(f"| {name} | {precision} | {layout} | {1000 * seconds:.0f} | {ratio:.2f} |")
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, **where} for row in rows)
+        make_figures.write_csv(args.csv, [{**row, **where} for row in rows])
 
 
 if __name__ == "__main__":

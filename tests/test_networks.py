@@ -40,8 +40,7 @@ def test_densenets_have_the_papers_parameters(name, member, total):
     c = paper(train_densenet_cifar)["configurations"][name]
     network = densenet_bc(c["depth"], c["growth"], 3, 100)
     assert sum(p.numel() for p in network.parameters()) == member
-    study = make_figures.Study(None, "paper", "example")
-    assert make_figures.parameters(make_figures.untrained(study, "densenet_cifar", c)) == total
+    assert make_figures.parameters(make_figures.untrained("densenet_cifar", c)) == total
 
 
 @pytest.mark.parametrize("name, plain, normalised", [
@@ -231,9 +230,8 @@ def test_the_distance_from_the_initial_weights():
 def test_bytes_saved_for_backward_are_those_that_a_step_keeps():
     """Counted without memory, they equal those of a real forward pass."""
     c = {"depth": 16, "growth": 4, "members": 2}
-    study = make_figures.Study(None, "smoke", "example")
     counted = make_figures.bytes_saved_for_backward(
-        make_figures.untrained(study, "densenet_cifar", c), 5)
+        make_figures.untrained("densenet_cifar", c), 5)
     nets = train_densenet_cifar.build({**c, "precision": "fp32"}, (3, 32, 32), 100,
                                       torch.Generator())
     kept, weights = {}, {p.data_ptr() for p in nets.parameters()}
