@@ -487,8 +487,8 @@ def dominance(record, history):
     epoch 3 is that between the two lowest training errors.
     """
     at = record["result"]["epoch"] - 1
-    row = {"configuration": record["configuration"], "lambda": record["lambda"],
-           "trial": record["trial"]}
+    row = {"configuration": record["configuration"],
+           "method": f"joint-{common.lambda_name(record['lambda'])}", "trial": record["trial"]}
     for part, errors, ensemble in (
             ("train", history["train_member_error"][at], history["train_ensemble_error"][at]),
             ("test", history["reported_test_member_error"],
@@ -585,8 +585,8 @@ def fig6(study):
 
 def error_rows(configuration, lam, trial, part, epoch, ensemble, members):
     """Rows of Fig. 6's CSV: the ensemble's error and every member's, numbered from 1."""
-    at = {"configuration": configuration, "lambda": lam, "trial": trial, "part": part,
-          "epoch": epoch}
+    at = {"configuration": configuration, "method": f"joint-{common.lambda_name(lam)}",
+          "trial": trial, "part": part, "epoch": epoch}
     return [{**at, "who": who, "error_percent": 100 * float(value)} for who, value in
             (("ensemble", ensemble), *((f"member {m + 1}", e) for m, e in enumerate(members)))]
 

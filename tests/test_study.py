@@ -234,8 +234,8 @@ def test_fig6_equals_the_histories(study):
     assert len(numbers) == 2 * (4 + 7)
     for row in numbers:
         experiment = "densenet_cifar" if row["configuration"] == "DN-High" else "mlp_fmnist"
-        folder = study / "results/smoke" / experiment / row["configuration"] / (
-            f"joint-{common.lambda_name(float(row['lambda']))}") / f"trial{row['trial']}"
+        folder = study / "results/smoke" / experiment / row["configuration"] / row["method"] / (
+            f"trial{row['trial']}")
         history, epoch = common.load_history(folder), json.loads(
             (folder / "run.json").read_text())["result"]["epoch"]
         test, train = history["reported_test_member_error"], history["train_member_error"]
@@ -245,7 +245,7 @@ def test_fig6_equals_the_histories(study):
         assert float(row["gap_at_epoch_3"]) == pytest.approx(100 * (second - first), abs=1e-4)
         assert row["same"] == str(train[2].argmin() == train[epoch - 1].argmin())
         drawn = {r["who"]: float(r["error_percent"]) for r in found if r["epoch"] == "end" and all(
-            r[key] == row[key] for key in ("configuration", "lambda", "trial"))
+            r[key] == row[key] for key in ("configuration", "method", "trial"))
             and r["part"] == "test"}
         assert len(drawn) == 1 + len(test)
         assert drawn["member 2"] == pytest.approx(100 * test[1])
@@ -323,7 +323,9 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     for stage in ("data: CIFAR-100", "MLPs on Fashion-MNIST", "DenseNets on CIFAR-100",
                   "ConvNets on CIFAR-100", "robustness", "figures"):
         assert f"  {stage} (exit status" in summary
-    assert {p.name for p in tmp_path.iterdir()} == {"nvidia-smi"}
+    assert {p.name for p in tmp_path.iterdir()} == {"nvidia-smi", "figures"}
+    drawn = {p.name.split(".")[0] for p in (tmp_path / "figures/quick").iterdir()}
+    assert drawn == {"table1", "table3", "table4", "tables"}    # they need no runs
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
