@@ -371,7 +371,10 @@ class Data:
         return tuple(self.train_images.shape[1:])
 
     def to(self, device):
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        """Itself, on the device. Raises Refused if the device has too little memory."""
+        with memory_told(device, self.description["name"], "free memory, or use --device cpu"):
+            moved = {k: v.to(device) for k, v in vars(self).items()
+                     if isinstance(v, torch.Tensor)}
         return Data(**vars(self) | moved)
 
     def normalise(self, images):
@@ -740,10 +743,13 @@ def load_data(name, policy, block, data_dir=None, download=True):
 def split(n, trial, validation, train=None):
     """Indices of the training and the validation split of one trial, the authors' procedure.
 
-    It depends on the trial alone. `train` keeps the first so many of what is left to train on.
+    It depends on the trial alone. Of what is left to train on, `train` draws so many.
     """
-    held_out = np.random.RandomState(trial).choice(n, validation, replace=False)
-    rest = np.setdiff1d(np.arange(n), held_out)[:train]
+    generator = np.random.RandomState(trial)
+    held_out = generator.choice(n, validation, replace=False)
+    rest = np.setdiff1d(np.arange(n), held_out)
+    if train is not None:
+        rest = np.sort(generator.choice(rest, train, replace=False))
     return torch.from_numpy(rest), torch.from_numpy(held_out)
 
 
@@ -888,6 +894,8 @@ class Ensemble(nn.Module):
         shared = images.dim() == 4
         if shared:
             images = images.contiguous(memory_format=torch.channels_last)
+        if self.bf16:       # once: autocast would keep a copy of the shared images for each member
+            images = images.to(torch.bfloat16)
         with (torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else
               contextlib.nullcontext()):
             logits = [member(images if shared else images[:, m].contiguous(
@@ -957,9 +965,14 @@ class Scores:
                 "diversity": member_loss.mean() - ensemble_loss}
 
 
-# Images at once, by device: on two cores 500 is within a few per cent of the best for the MLPs and
-# the DenseNets (their activations must stay in cache). Not measured on CUDA.
-EVALUATION_BATCH = {"cpu": 500, "cuda": 2000}
+def images_at_once(images):
+    """How many of images (n, C, H, W) are evaluated at once: fewer if they are above 32x32 pixels.
+
+    On two cores 500 is within a few per cent of the best for the MLPs and the DenseNets (their
+    activations must stay in cache). 2000 was not measured on CUDA.
+    """
+    pixels = images.shape[2] * images.shape[3]
+    return max(1, {"cpu": 500, "cuda": 2000}[images.device.type] * 1024 // max(1024, pixels))
 
 
 @torch.no_grad()
@@ -967,7 +980,7 @@ def evaluate(ensemble, data, images, labels):
     """`Scores.summary` of an ensemble on images (n, C, H, W) with labels (n,)."""
     ensemble.eval()
     scores = None
-    size = EVALUATION_BATCH[labels.device.type]
+    size = images_at_once(images)
     for part, targets in zip(images.split(size), labels.split(size), strict=True):
         member_logits = ensemble(data.normalise(part))
         scores = scores or Scores(member_logits.shape[1], labels.device)
@@ -980,8 +993,7 @@ def predict(ensemble, data, images):
     """All member logits (n, M, K) of images (n, C, H, W)."""
     ensemble.eval()
     logits = None
-    for rows in torch.arange(len(images), device=images.device).split(
-            EVALUATION_BATCH[images.device.type]):
+    for rows in torch.arange(len(images), device=images.device).split(images_at_once(images)):
         part = ensemble(data.normalise(images[rows]))
         if logits is None:      # one block: half a gigabyte for 256x4H on the training split
             logits = part.new_empty(len(images), *part.shape[1:])
@@ -1013,7 +1025,7 @@ def new_ensemble(experiment, run, data):
 
 def rate_at(settings, epoch):
     """The learning rate of an epoch, from 1: a tenth after each share of the epochs in `decay`."""
-    passed = sum(epoch > share * settings["epochs"] for share in settings["decay"])
+    passed = sum(epoch - 1 >= share * settings["epochs"] for share in settings["decay"])
     return settings["lr"] * 0.1 ** passed
 
 
@@ -1094,10 +1106,10 @@ def stack(experiment, run, data, results):
     def fit(step, bias, rows, penalty):
         """Moves step (K, M*K) and bias (K,) towards the minimum over the examples where rows is 1.
 
-        It ends where no entry of the gradient exceeds 0.001. For 256x4H that leaves less than
-        0.0005 of the loss.
+        It ends where no entry of the gradient exceeds 0.0015 of the largest at plain averaging. For
+        256x4H that leaves less than 0.0005 of the loss.
         """
-        optimizer = torch.optim.LBFGS([step, bias], max_iter=300, tolerance_grad=1e-3,
+        optimizer = torch.optim.LBFGS([step, bias], max_iter=300, tolerance_grad=enough,
                                       tolerance_change=0, line_search_fn="strong_wolfe")
 
         def closure():
@@ -1111,6 +1123,10 @@ def stack(experiment, run, data, results):
         return (torch.zeros_like(averaging, requires_grad=True),
                 torch.zeros(data.classes, device=data.device, requires_grad=True))
 
+    every = torch.ones(len(y), device=data.device)
+    step, bias = start()
+    (slope,) = torch.autograd.grad(objective(step, bias, every, 0), step)
+    enough = 0.0015 * slope.abs().max().item()
     penalties = sorted(s["penalties"], reverse=True)        # from the strongest, each a warm start
     fold = torch.randperm(len(y), generator=run.generator("folds")).to(data.device) % s["folds"]
     losses = np.zeros(len(penalties))
@@ -1122,7 +1138,7 @@ def stack(experiment, run, data, results):
                 losses[i] += objective(step, bias, (fold == k).float(), 0).item() / s["folds"]
     chosen = penalties[losses.argmin()]
     step, bias = start()
-    fit(step, bias, torch.ones(len(y), device=data.device), chosen)
+    fit(step, bias, every, chosen)
 
     test, targets = Scores(1, data.device), data.test_labels
     with torch.no_grad():
@@ -1262,7 +1278,7 @@ def do_run(experiment, run, data, results, progress):
     cuda = data.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with memory_told(run, data.device):
+    with memory_told(data.device, run.label, lower_the_batch(run)):
         if run.method == "stacking":
             test, arrays, result = stack(experiment, run, data, results)
         else:
@@ -1294,8 +1310,15 @@ def reported(run, history, epoch):
     return arrays, result
 
 
+def lower_the_batch(run):
+    """How a run that does not fit into memory may fit."""
+    batch = run.settings["batch"]
+    return (f"lower the batch (--set batch={max(1, batch // 2)} instead of {batch}) or the members,"
+            " or free memory; nothing of this run was written")
+
+
 @contextlib.contextmanager
-def memory_told(run, device):
+def memory_told(device, what, fix):
     """Turns an error of too little memory into Refused, with how much was needed and the fix."""
     try:
         yield
@@ -1311,10 +1334,7 @@ def memory_told(run, device):
         else:
             raise
         more = f" and {asked[1]} more were needed" if asked else ""
-        batch = run.settings["batch"]
-        raise Refused(f"{run.label}: {used}{more}: lower the batch (--set batch="
-                      f"{max(1, batch // 2)} instead of {batch}) or the members, or free memory; "
-                      "nothing of this run was written") from error
+        raise Refused(f"{what}: {used}{more}: {fix}") from error
 
 
 # --- Plan and progress -------------------------------------------------------------------------
@@ -1351,7 +1371,7 @@ def cost(experiment, run, data):
     scores = Scores(s["members"], device)
     own = (s["members"],) if s.get("bagging") == "resample" else ()
     index = torch.randint(len(data.train_labels), (s["batch"], *own), device=device)
-    size = EVALUATION_BATCH[device.type]
+    size = images_at_once(data.train_images)
     part = data.train_images[:size], data.train_labels[:size]
     example = seconds_about(lambda: evaluate(ensemble, data, *part), device) / len(part[1])
     n = s["train"] or len(data.train_labels) - s["validation"]
@@ -1382,7 +1402,7 @@ def plan(experiment, runs, to_do, data):
     for run in to_do:
         kind = (run.configuration, "joint" if run.method == "independent" else run.method)
         if kind not in known:
-            with memory_told(run, data.device):
+            with memory_told(data.device, run.label, lower_the_batch(run)):
                 known[kind] = cost(experiment, run, data)
         time_taken, history, weights = known[kind]
         seconds.append(time_taken)
@@ -1517,6 +1537,7 @@ def choose_device(name):
         raise Refused("--device cuda: torch sees no usable CUDA GPU; use --device cpu, or install "
                       f"a driver that fits torch {torch.__version__}")
     torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
+    torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32, in convolutions as well
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -136,9 +136,9 @@ class Study:
         """A line on the data and the size of one experiment, and one on what was reduced, if so."""
         used = {path: record for path, record in self.used.items()
                 if trained_in(record["experiment"]) == experiment}
-        shared = ("data", "epochs", "train", "validation", "test", "batch", "augment", "momentum",
-                  "nesterov", "decay", "seed", "precision", "padding", "batchnorm")
-        settings = {path: {key: trained(record).get(key) for key in shared}
+        keys = ("data", "epochs", "train", "validation", "test", "batch", "augment", "momentum",
+                "nesterov", "decay", "seed", "precision", "padding", "batchnorm")
+        settings = {path: {key: trained(record).get(key) for key in keys}
                     for path, record in used.items()}
         s = next(iter(settings.values()))
         for path, other in settings.items():
@@ -153,11 +153,18 @@ class Study:
         trials = len({record["trial"] for record in used.values()})
         diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in used.values())
         paper = self.block(experiment, self.paper)
-        epochs = f"{s['epochs']} epochs" + (
-            f" (paper: {paper['epochs']})" if s["epochs"] != paper["epochs"] else "")
-        yield (f"{experiment}: {data} · preset {self.name}: {images}, {epochs}, {trials} "
-               f"trial{'s' * (trials != 1)}" + (f", {s['precision']}" if s["precision"] else "")
+
+        def counted(n, key):
+            paper_has = f" (paper: {paper[key]})" if n != paper[key] else ""
+            return f"{n} {key if n != 1 else key.removesuffix('s')}{paper_has}"
+        yield (f"{experiment}: {data} · preset {self.name}: {images}, "
+               f"{counted(s['epochs'], 'epochs')}, {counted(trials, 'trials')}"
+               + (f", {s['precision']}" if s["precision"] else "")
                + (f" · {diverged} diverged, left out of the means" if diverged else ""))
+        s |= next(iter(decays.values()), {})
+        other = [key for key in ("validation", "test", "batch", "augment", "decay", "momentum",
+                                 "nesterov", "weight_decay") if key in s and s[key] != paper[key]]
+        shared = [f"{key} {setting(s[key])} (paper: {setting(paper[key])})" for key in other]
         reduced = {}
         network = ("members", *common.experiment_of(experiment).network)
         for record in used.values():
@@ -166,12 +173,12 @@ class Study:
                                      and mine.get(key) != theirs[key]]):
                 text = ", ".join(f"{key} {mine.get(key)} (paper: {theirs[key]})" for key in other)
                 reduced.setdefault(text, {})[record["configuration"]] = None
-        if reduced:
-            yield "reduced: " + "; ".join(f"{', '.join(names)}: {text}"
-                                          for text, names in reduced.items())
+        if shared or reduced:
+            yield "reduced: " + "; ".join([*([", ".join(shared)] if shared else []), *(
+                f"{', '.join(names)}: {text}" for text, names in reduced.items())])
 
     def real(self):
-        """Only beside results on the real data do the paper's numbers mean anything."""
+        """Only then are the paper's numbers drawn beside ours, and compared in a table."""
         return all(trained(record)["data"]["source"] == "real" for record in self.used.values())
 
     def commands(self):
@@ -207,6 +214,13 @@ class Study:
             kind = "" if experiment == trained_in(experiment) else f" {experiment}"
             trials.setdefault(f"{configuration} {method}{kind}", []).append(str(trial))
         return [f"{what}, trial {' '.join(which)}" for what, which in trials.items()]
+
+
+def setting(value):
+    """A value of presets.yaml as a caption has it."""
+    if value is None or value == []:
+        return "all" if value is None else "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def trained_in(experiment):
@@ -398,7 +412,7 @@ def fig4(study):
         for lam in lambdas:
             method = f"joint-{common.lambda_name(lam)}"
             points.append(study.point("convnet_cifar", configuration, method))
-            validation = [100 * record["result"]["validation_error"] for record, _ in
+            validation = [100 * record["result"].get("validation_error", math.nan) for record, _ in
                           study.histories("convnet_cifar", configuration, method)]
             points[-1]["validation_error_percent"] = mean_and_error(validation)[0]
         drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
@@ -448,7 +462,7 @@ def fig5(study):
                                    for m in range(record["settings"]["members"])])
             norms = filters.flatten(1).norm(dim=1).tolist()
             own = [{"configuration": configuration, "method": method, "trial": record["trial"],
-                    "member": m, "filter_norm": norm, "relative_filter_norm": norm / max(norms),
+                    "member": m + 1, "filter_norm": norm, "relative_filter_norm": norm / max(norms),
                     "relative_distance_from_initial_weights": float(history["member_distance"][m])}
                    for m, norm in enumerate(norms)]
             rows += own
@@ -517,7 +531,7 @@ def fig6(study):
         ends, last = [], []
         for lam in lambdas:
             found = study.histories(experiment, configuration, f"joint-{common.lambda_name(lam)}")
-            numbers += [dominance(*one) for one in found]
+            numbers += [dominance(*one) for one in found if one[0]["settings"]["members"] > 1]
             for record, history in found:
                 at = record["result"]["epoch"] - 1
                 ends.append((lam, record["trial"],
@@ -547,8 +561,10 @@ def fig6(study):
                 ax.set_xticks(lambdas, map(common.lambda_name, lambdas), fontsize=6.5)
             ax.set_xlabel("λ" if experiment != "mlp_fmnist" else "λ (not to scale)")
             ax.set_ylabel("error (%)")
-        for ax, part in zip(line[2:], ("train", "test" if experiment != "mlp_fmnist" else
-                                       "validation"), strict=True):
+        held_out = "validation" if study.block(experiment)["validation"] else "test"
+        if last:                                            # as it was trained, whatever is planned
+            held_out = "validation" if last[0][0]["settings"]["validation"] else "test"
+        for ax, part in zip(line[2:], ("train", held_out), strict=True):
             words = {"train": "training"}.get(part, part)
             ax.set_title(f"{configuration}: {words} error, λ = 1", fontsize=8)
             for record, history in last:
@@ -635,9 +651,12 @@ def bytes_saved_for_backward(ensemble, batch):
 
 
 def peak_on_cuda(study, experiment, configuration):
-    """The largest peak of a run of this configuration on a GPU, as text, or that there is none."""
+    """The largest peak of the joint runs of a configuration on a GPU, as text, or that none is.
+
+    It is that of the training steps: evaluation keeps nothing for a backward pass.
+    """
     peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in sorted(
-        (study.results / study.name / experiment / configuration).glob("*/trial*/run.json"))
+        (study.results / study.name / experiment / configuration).glob("joint-*/trial*/run.json"))
         if "peak_memory_bytes" in (record := common.read_run(path.parent))["result"]]
     if not peaks:
         return "not measured on CUDA"
@@ -653,12 +672,13 @@ def table1(study):
     for name, theirs in printed.items():
         for block, label in ((paper, name), (mine, f"{name}, preset {study.name}")):
             c = block["configurations"][name]
+            as_trained = all(c[k] == mine["configurations"][name][k] for k in sizes)
             if block is mine and all(c[k] == paper["configurations"][name][k] for k in sizes):
                 continue
             ensemble = untrained("densenet_cifar", c)
             saved = bytes_saved_for_backward(ensemble, paper["batch"])
-            peak = peak_on_cuda(study, "densenet_cifar", name) if c == mine["configurations"][
-                name] else "not measured on CUDA"
+            peak = (peak_on_cuda(study, "densenet_cifar", name) if as_trained
+                    else "not measured on CUDA")
             row = {"configuration": label, "depth": c["depth"], "k": c["growth"], "M": c["members"],
                    "parameters": parameters(ensemble), "bytes_saved_for_backward": saved,
                    "peak_cuda_memory": peak}
@@ -713,9 +733,12 @@ def table2(study):
     cells = [[methods.get(method, f"λ = {method.removeprefix('joint-')}"),
               *(cell(rows[method, name]) for name in printed)] for method in
              [*methods, *sorted(others)]]
+    apart = [] if study.real() else ["The paper's values are of CIFAR-100: beside results on "
+                                     "other data they are no yardstick."]
     return Table("Test error (%) of DenseNet ensembles; the minimum of each column is bold.",
                  ["", *printed], cells, list(rows.values()),
-                 ["Mean ± standard error over n trials. Independent (own lr): the sum of the "
+                 [*apart,
+                  "Mean ± standard error over n trials. Independent (own lr): the sum of the "
                   "members' losses, each member at the learning rate and weight decay of the "
                   "shared loss; at λ = 0 the gradient is divided by M and the weight decay is "
                   "not. It is not a row of the paper."])
@@ -764,13 +787,12 @@ TABLES = {"table1": table1, "table2": table2, "table3": table3, "table4": table4
 
 
 def latex(text):
-    """Text with **bold** and the few symbols that the tables use, as LaTeX."""
-    parts = text.replace("%", r"\%").replace("_", r"\_").split("**")
-    text = "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(parts))
-    for symbol, command in (("λ", r"$\lambda$"), ("±", r"$\pm$"), ("·", r"$\cdot$"),
-                            ("~", r"$\sim$")):
-        text = text.replace(symbol, command)
-    return text
+    """Text with **bold** as LaTeX; a letter that LaTeX does not have becomes a question mark."""
+    parts = text.split("**")
+    special = {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\^{}", "λ": r"$\lambda$",
+               "±": r"$\pm$", "·": r"$\cdot$"} | {c: "\\" + c for c in "%_&#${}"}
+    parts = ["".join(special.get(c, c if c.isascii() else "?") for c in part) for part in parts]
+    return "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(parts))
 
 
 def save_table(table, study, path):

@@ -129,7 +129,8 @@ def main():
             if other := common.difference(s["data"], data.description):
                 raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]}"
                                      f" there and {other[2]} here; name its --data-dir")
-        error = 100 * measure(run, record, folder, data, args.results)
+        with common.memory_told(device, run.label, "free memory, or use --device cpu"):
+            error = 100 * measure(run, record, folder, data, args.results)
         print(f"[{i + 1}/{len(runs)}] {run.label}: test error {error[0]:.2f} % with all members, "
               f"{error[len(error) // 2]:.2f} % with about half of them", flush=True)
 

@@ -114,8 +114,18 @@ def test_a_split_is_disjoint_and_complete(trial):
     training, validation = common.split(60_000, trial, 10_000)
     assert len(training) == 50_000 and len(validation) == 10_000
     assert torch.cat([training, validation]).unique().numel() == 60_000
-    assert torch.equal(common.split(60_000, trial, 10_000, 2_000)[0], training[:2_000])
     assert not torch.equal(common.split(60_000, trial + 1, 10_000)[1], validation)
+
+
+@pytest.mark.parametrize("validation", [0, 10_000])
+def test_a_reduced_split_is_drawn_by_trial(validation):
+    everything, _ = common.split(60_000, 0, validation)
+    few, held_out = common.split(60_000, 0, validation, 2_000)
+    assert len(few) == 2_000 and torch.isin(few, everything).all()
+    assert not torch.isin(few, held_out).any()
+    assert few.max() > 50_000 and few.unique().numel() == 2_000
+    assert torch.isin(common.split(60_000, 1, validation, 2_000)[0], few).sum() < 200
+    assert torch.equal(common.split(60_000, 0, validation, len(everything))[0], everything)
 
 
 def test_the_seed_moves_everything_but_the_split(data, monkeypatch):
@@ -215,10 +225,12 @@ def test_of_equal_epochs_the_first_is_reported(data):
 
 @pytest.mark.parametrize("stacking, validation", [("validation", 100), ("training", 100),
                                                   ("training", 0)])
-def test_test_labels_decide_nothing(data, tmp_path, stacking, validation):
-    """With other test labels the same weights, epoch and stacking penalty come out."""
+def test_test_labels_decide_nothing(data, tmp_path, monkeypatch, stacking, validation):
+    """With other test labels the same weights, epoch, penalty and stacked logits come out."""
     shuffled = replace(data, test_labels=data.test_labels.flip(0))
-    outcome = []
+    outcome, scored, add = [], [], common.Scores.add
+    monkeypatch.setattr(common.Scores, "add", lambda self, logits, *rest: (
+        scored.append(logits), add(self, logits, *rest)))
     for name, images in (("a", data), ("b", shuffled)):
         joint = a_run(weights=True, validation=validation)
         common.do_run(EXPERIMENT, joint, images, tmp_path / name, lambda *_: None)
@@ -226,11 +238,12 @@ def test_test_labels_decide_nothing(data, tmp_path, stacking, validation):
                         validation=validation)
         result = common.do_run(EXPERIMENT, stacked, images, tmp_path / name, lambda *_: None)
         folder = tmp_path / name / stacked.path
-        outcome.append((common.load_weights(tmp_path / name / joint.path, "cpu"),
+        outcome.append((common.load_weights(tmp_path / name / joint.path, "cpu"), scored[-1],
                         common.load_history(folder)["cross_validated_loss"], result["penalty"]))
-    (one, losses, penalty), (other, other_losses, other_penalty) = outcome
+    (one, logits, losses, penalty), (other, other_logits, other_losses, other_penalty) = outcome
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert losses.tolist() == other_losses.tolist() and penalty == other_penalty
+    assert logits.shape == (len(data.test_labels), 1, 10) and torch.equal(logits, other_logits)
 
 
 def test_stacking_starts_from_plain_averaging(data, tmp_path):
