@@ -526,10 +526,14 @@ def read_image_folder(folder):
     for array in arrays.values():
         checksum.update(array)
     images, labels, test_images, test_labels = map(torch.from_numpy, arrays.values())
+    mean, std = pixel_statistics(images)
+    if not std.all():
+        raise Refused(f"{folder}/train: a colour is the same in every pixel of every image, and "
+                      "cannot be normalised: images with differences were expected")
     description = {"name": f"images of folder {folder.resolve().name}", "source": "folder",
                    "classes": len(train.classes), "sha256": checksum.hexdigest()}
     return Data(description, str(folder), len(train.classes), images, labels, test_images,
-                test_labels, *pixel_statistics(images))
+                test_labels, mean, std)
 
 
 def _decode(folder, train, test):
@@ -1017,6 +1021,10 @@ def new_ensemble(experiment, run, data):
     """The untrained ensemble of a run, on the device of its data, and its optimizer."""
     s = run.settings
     ensemble = experiment.build(s, data.shape, data.classes, run.generator("initialisation"))
+    if s.get("bagging") == "weights" and any(hasattr(part, "running_mean")
+                                             for part in ensemble.modules()):
+        raise Refused(f"{run.label}: bagging by weights is none for a network with batch norm, "
+                      "which would see all images: --set bagging=resample")
     ensemble = ensemble.to(data.device)
     return ensemble, torch.optim.SGD(
         ensemble.parameters(), lr=s["lr"], momentum=s["momentum"], nesterov=s["nesterov"],

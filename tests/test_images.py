@@ -177,6 +177,16 @@ def test_a_folder_of_another_form(photographs, damage, said):
     assert not common.DEFAULT_DATA_DIR.exists()
 
 
+def test_a_colour_that_never_changes_is_refused(photographs):
+    for path in sorted((photographs / "train").glob("*/[0-9]*")):
+        pixels = np.array(Image.open(path).convert("RGB"))
+        pixels[..., 2] = 7
+        path.unlink()
+        Image.fromarray(pixels).save(path.with_suffix(".png"))
+    with pytest.raises(common.Refused, match="a colour is the same in every pixel"):
+        common.find_data("CIFAR-100", "folder", photographs)
+
+
 def test_a_folder_must_be_named_and_be_there(script):
     for arguments, word in (((), "--data-dir FOLDER"), (("--data-dir", "nowhere"), "nowhere")):
         status, _, err = script(train_densenet_cifar, "--preset", "smoke", "--data", "folder",

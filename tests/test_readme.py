@@ -30,8 +30,6 @@ COMMANDS = sorted(set(re.findall(r"`python (\w+\.py[^`]*)`", README)))
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "mystudy" not in c])
 def test_commands_are_understood(script, command):
     name, *arguments = shlex.split(command)
-    if name == "benchmarks/bench.py":
-        return
     plan = ["--dry-run"] if name in TRAINING else []
     status, out, err = script(SCRIPTS[name], *arguments, *plan)
     said = {"robustness.py": "no trained weights", "make_figures.py": "NOT DRAWN"}

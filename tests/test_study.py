@@ -13,6 +13,8 @@ from pathlib import Path
 
 import common
 import make_figures
+import train_convnet_cifar
+import train_densenet_cifar
 import train_mlp_fmnist
 
 import numpy as np
@@ -190,6 +192,17 @@ def test_the_tables_compile(study, tmp_path):
     assert "Overfull" not in done.stdout and (tmp_path / "tables.pdf").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_a_folder_of_any_name_compiles(tmp_path):
+    """The provenance holds the name of the user's folder, whatever is in it."""
+    name = r"R&D #1 ${x}_y^2 ~ 100 % \LaTeX λ ± · 写"
+    (tmp_path / "name.tex").write_text("\\documentclass{article}\\begin{document}"
+                                       f"{make_figures.latex(name)}\\end{{document}}")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "name"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def test_the_tables_of_architectures(study):
     first = {row["configuration"]: row for row in table(study, "table1")}
     assert first["DN-High"]["parameters"] == "3200128"
@@ -213,7 +226,7 @@ def test_fig5_equals_the_weights(study):
             f"trial{row['trial']}")
         weights = common.load_weights(folder, "cpu")
         norms = [weights[f"members.{m}.0.weight"].norm().item() for m in range(10)]
-        m = int(row["member"])
+        m = int(row["member"]) - 1
         assert float(row["filter_norm"]) == pytest.approx(norms[m])
         assert float(row["relative_filter_norm"]) == pytest.approx(norms[m] / max(norms))
         record = json.loads((folder / "run.json").read_text())
@@ -459,3 +472,21 @@ def test_mean_and_standard_error():
     assert mean == pytest.approx(0.3)
     assert error == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3))
     assert math.isnan(make_figures.mean_and_error([0.1])[1])
+
+
+def test_figures_of_settings_other_than_planned(script):
+    """No validation split for Fig. 4, one for Fig. 6, and an ensemble of one: drawn as they are."""
+    few = ("--preset", "smoke", "--trials", 1, "--epochs", 1, "--set")
+    for module, *arguments in (
+            (train_convnet_cifar, "--only", "ConvNet-0.07M", "--lambdas", 0, *few, "validation=0"),
+            (train_densenet_cifar, "--only", "DN-High", "--lambdas", 1, *few, "validation=32",
+             "DN-High.members=1")):
+        status, _, err = script(module, *arguments)
+        assert status == 0, err
+    status, out, err = script(make_figures, "fig4", "fig6", "--preset", "smoke")
+    assert status == 0 and "fig4: incomplete" in out and "fig6: incomplete" in out, (out, err)
+    with open("figures/smoke/fig4.csv") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["n"] == "1")
+    assert row["validation_error_percent"] == "nan" and row["minimum"] == "True"
+    with open("figures/smoke/fig6.csv") as file:
+        assert {"train", "validation"} <= {row["part"] for row in csv.DictReader(file)}

@@ -349,6 +349,14 @@ def test_the_learning_rate_of_each_epoch(name):
         assert rates[epoch - 1] == pytest.approx(rate, rel=1e-12)
 
 
+def test_few_epochs_begin_at_the_full_rate():
+    """The rate falls once a share of the epochs has passed, and not within an epoch or before."""
+    for epochs, expected in ((1, [1]), (2, [1, 0.1]), (3, [1, 1, 0.1]), (4, [1, 1, 0.1, 0.01])):
+        settings = {"lr": 1.0, "epochs": epochs, "decay": [0.5, 0.75]}
+        assert [common.rate_at(settings, epoch) for epoch in range(1, epochs + 1)] == (
+            pytest.approx(expected))
+
+
 def test_the_optimizer_steps_at_the_rate_of_the_epoch(data, monkeypatch):
     rates = []
     real = common.training_step
@@ -401,6 +409,12 @@ def test_independent_at_its_own_rate_minimises_the_sum_of_the_losses(colour):
         sgd.step()
     for p, q in zip(start.parameters(), trained.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-5)
+
+
+def test_bagging_by_weights_is_refused_where_batch_norm_sees_all_images(colour):
+    with pytest.raises(common.Refused, match="--set bagging=resample"):
+        common.new_ensemble(common.experiment_of("densenet_cifar"),
+                            small_densenet("bagging", bagging="weights"), colour)
 
 
 def test_a_bagged_densenet_trains_on_its_own_images_labels_and_moves(colour):
