@@ -161,21 +161,9 @@ class Study:
                f"{counted(s['epochs'], 'epochs')}, {counted(trials, 'trials')}"
                + (f", {s['precision']}" if s["precision"] else "")
                + (f" · {diverged} diverged, left out of the means" if diverged else ""))
-        s |= next(iter(decays.values()), {})
-        other = [key for key in ("validation", "test", "batch", "augment", "decay", "momentum",
-                                 "nesterov", "weight_decay") if key in s and s[key] != paper[key]]
-        shared = [f"{key} {setting(s[key])} (paper: {setting(paper[key])})" for key in other]
-        reduced = {}
-        network = ("members", *common.experiment_of(experiment).network)
-        for record in used.values():
-            theirs, mine = paper["configurations"].get(record["configuration"]), trained(record)
-            if theirs and (other := [key for key in network if key != "precision"
-                                     and mine.get(key) != theirs[key]]):
-                text = ", ".join(f"{key} {mine.get(key)} (paper: {theirs[key]})" for key in other)
-                reduced.setdefault(text, {})[record["configuration"]] = None
-        if shared or reduced:
-            yield "reduced: " + "; ".join([*([", ".join(shared)] if shared else []), *(
-                f"{', '.join(names)}: {text}" for text, names in reduced.items())])
+        shared = s | next(iter(decays.values()), {})
+        if reduced := "; ".join(reductions(experiment, paper, shared, used.values())):
+            yield f"reduced: {reduced}"
 
     def real(self):
         """Only then are the paper's numbers drawn beside ours, and compared in a table."""
@@ -214,6 +202,26 @@ class Study:
             kind = "" if experiment == trained_in(experiment) else f" {experiment}"
             trials.setdefault(f"{configuration} {method}{kind}", []).append(str(trial))
         return [f"{what}, trial {' '.join(which)}" for what, which in trials.items()]
+
+
+def reductions(experiment, paper, shared, records):
+    """What was trained otherwise than the paper has it: a part for all, one for a configuration."""
+    def differences(keys, mine, theirs):
+        return [f"{key} {setting(mine[key])} (paper: {setting(theirs[key])})"
+                for key in keys if key in mine and mine[key] != theirs[key]]
+
+    network = [key for key in ("members", *common.experiment_of(experiment).network)
+               if key != "precision"]
+    own = {record["configuration"]: differences(
+        network, trained(record), paper["configurations"][record["configuration"]])
+        for record in records if record["configuration"] in paper["configurations"]}
+    first, *others = own.values() or [[]]
+    all_have = [text for text in first if others and all(text in other for other in others)]
+    everywhere = differences(("validation", "test", "batch", "augment", "decay", "momentum",
+                              "nesterov", "weight_decay"), shared, paper) + all_have
+    parts = {name: [text for text in texts if text not in all_have] for name, texts in own.items()}
+    return [", ".join(everywhere)] * bool(everywhere) + [
+        f"{name}: {', '.join(texts)}" for name, texts in parts.items() if texts]
 
 
 def setting(value):
@@ -422,7 +430,7 @@ def fig4(study):
                         label=configuration)
             best = int(np.argmin(mean))
             ax.plot(x[best], mean[best], "o", markersize=12, markerfacecolor="none",
-                    markeredgecolor=style["color"])
+                    markeredgecolor=style["color"], clip_on=False)
             for row in points:
                 row["minimum"] = row["method"] == f"joint-{common.lambda_name(x[best])}"
         rows += points

@@ -218,6 +218,24 @@ def test_the_tables_of_architectures(study):
     assert "0.07M computes to 0.063M" in (study / "figures/smoke/table4.md").read_text()
 
 
+@pytest.mark.parametrize("preset, measured", [("smoke", "DN-High, preset smoke"),
+                                              ("short", "DN-High")])
+def test_table_1_has_the_peak_of_a_run_on_a_gpu(study, script, preset, measured):
+    """It stands in the row of the network that was run: in `short` that is the paper's own."""
+    run = "densenet_cifar/DN-High/joint-1/trial0"
+    shutil.copytree(study / "results/smoke" / run, Path("results", preset, run))
+    path = Path("results", preset, run, "run.json")
+    record = json.loads(path.read_text())
+    record["result"]["peak_memory_bytes"] = 12_340_000_000
+    path.write_text(json.dumps(record))
+    status, _, err = script(make_figures, "table1", "--preset", preset)
+    assert status == 0, err
+    with open(f"figures/{preset}/table1.csv") as file:
+        peaks = {row["configuration"]: row["peak_cuda_memory"] for row in csv.DictReader(file)}
+    assert peaks.pop(measured).startswith("12.3 GB (batch 32, ")
+    assert set(peaks.values()) == {"not measured on CUDA"}
+
+
 def test_fig5_equals_the_weights(study):
     found = table(study, "fig5")
     assert len(found) == 2 * 2 * 10
