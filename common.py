@@ -16,15 +16,18 @@ if sys.version_info < (3, 11):  # noqa: UP036 (someone will try)
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import datetime
 import difflib
+import fcntl
 import functools
 import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -32,12 +35,13 @@ import pickle
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 try:
@@ -223,11 +227,12 @@ class Experiment:
 
     build(settings, shape, classes, generator) returns the untrained ensemble of a run, an nn.Module
     from images (N, *shape) or (N, M, *shape) to member logits (N, M, K); `settings` are the run's,
-    `generator` draws the initial weights.
+    `generator` draws the initial weights. `figures` tells which runs are drawn where: for a plan.
     """
     name: str
     network: dict         # the network's own keys in presets.yaml -> (test, what is expected)
     build: object
+    figures: dict = field(default_factory=dict)     # "Fig. 3" -> test of a Run
 
 
 def experiment_of(name):
@@ -334,6 +339,16 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
         raise Refused(f"no run is left of {' '.join(names)}: bagging, stacking and independent "
                       "need more than one member; name other --methods or configurations")
     return runs
+
+
+def shard(runs, part, parts):
+    """Every `parts`-th run from `part` on, counted from 0; stacking goes with what it combines."""
+    place, own = {}, []
+    for run in runs:
+        key = replace(run, method="joint").path if run.method == "stacking" else run.path
+        if place.setdefault(key, len(place)) % parts == part:
+            own.append(run)
+    return own
 
 
 def own_rate(settings):
@@ -793,6 +808,49 @@ def multiplicities(draws):
                         for m in range(members)], 1)
 
 
+class Batches:
+    """The training images of one run, as bytes on the device, and its batches, gathered by index.
+
+    An epoch takes the images `rows` of the data in one random order; where the run asks for it they
+    are cropped and flipped, each member's own copies in bagging apart.
+    """
+
+    def __init__(self, run, data, rows):
+        s, n, device = run.settings, len(rows), data.device
+        self.data, self.size = data, s["batch"]
+        self.images, self.labels = data.train_images[rows], data.train_labels[rows]
+        self.order, self.augmentation = run.generator("order"), run.generator("augmentation")
+        self.draws = self.counts = self.moves = None
+        if s.get("bagging"):
+            draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(device)      # (n, M)
+            if s["bagging"] == "resample":
+                self.draws = draws
+            else:
+                self.counts = multiplicities(draws)
+        if s["augment"]:
+            shape = (n,) if self.draws is None else self.draws.shape
+            self.images = F.pad(self.images, [PADDING] * 4)
+            self.moves = torch.zeros(*shape, 3, dtype=torch.int64, device=device)
+
+    def epoch(self):
+        """A new order and new moves; returns the rows (N,) of each batch."""
+        if self.moves is not None:
+            self.moves.copy_(draw_moves(self.moves.shape[:-1], self.augmentation))
+        return torch.randperm(len(self.labels), generator=self.order).to(
+            self.labels.device).split(self.size)
+
+    def take(self, rows):
+        """Images (N, C, H, W), targets (N,) and weights (N, M), or None, of the rows (N,).
+
+        Where members have images of their own, images are (N, M, C, H, W) and targets (N, M).
+        """
+        batch = rows if self.draws is None else self.draws[rows]
+        images = (self.images[batch] if self.moves is None else
+                  crop_and_flip(self.images, batch, self.moves[rows]))
+        weights = None if self.counts is None else self.counts[rows].float()
+        return self.data.normalise(images), self.labels[batch], weights
+
+
 # --- The joint loss ----------------------------------------------------------------------------
 
 def joint_loss(member_logits, targets, lam):
@@ -883,7 +941,8 @@ class Ensemble(nn.Module):
     make() builds one network, whose initial weights are drawn from the generator's seed and not
     from the global state. Images and filters are laid out channels last, which convolutions on
     both kinds of device prefer. At precision bf16 the networks run under autocast, with their
-    batch-norm statistics in fp32, and the logits come back as fp32.
+    batch-norm statistics in fp32, and the logits come back as fp32. On the CPU the members run
+    side by side, each on a thread of its own as long as there are threads.
     """
 
     def __init__(self, make, members, generator, precision="fp32"):
@@ -895,17 +954,70 @@ class Ensemble(nn.Module):
         self.bf16 = precision == "bf16"
 
     def forward(self, images):
-        shared = images.dim() == 4
-        if shared:
+        if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.bf16:       # once: autocast would keep a copy of the shared images for each member
             images = images.to(torch.bfloat16)
-        with (torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else
-              contextlib.nullcontext()):
-            logits = [member(images if shared else images[:, m].contiguous(
-                memory_format=torch.channels_last)) for m, member in enumerate(self.members)]
-        logits = torch.stack(logits, 1)
-        return logits.float() if self.bf16 else logits
+        if images.device.type == "cpu" and torch.get_num_threads() > 1:
+            return _SideBySide.apply(self, torch.is_grad_enabled(), images, *trainable(self))
+        return torch.stack([self.one(m, images) for m in range(len(self.members))], 1)
+
+    def one(self, m, images):
+        """The logits (N, K) of member m."""
+        if images.dim() == 5:
+            images = images[:, m].contiguous(memory_format=torch.channels_last)
+        if not self.bf16:
+            return self.members[m](images)
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            return self.members[m](images).float()          # (each weight is used once: no cache)
+
+
+def trainable(network):
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+class _SideBySide(torch.autograd.Function):
+    """The members of an `Ensemble` on threads of their own, forward and backward.
+
+    Two threads on two members keep two cores busier than two threads on one: a member's layers are
+    small. Each member has a graph of its own, which backward follows on the thread it is given.
+    """
+
+    @staticmethod
+    def forward(ctx, ensemble, train, images, *parameters):
+        def run(m):
+            with torch.set_grad_enabled(train):         # of this thread
+                return ensemble.one(m, images)
+
+        ctx.ensemble, ctx.logits = ensemble, _in_threads(run, len(ensemble.members))
+        return torch.stack([logits.detach() for logits in ctx.logits], 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        def run(m):
+            return torch.autograd.grad(ctx.logits[m], trainable(ctx.ensemble.members[m]),
+                                       gradient[:, m], allow_unused=True)
+
+        parts = _in_threads(run, len(ctx.logits))
+        return None, None, None, *(g for part in parts for g in part)
+
+
+def _in_threads(run, count):
+    """[run(0), ..., run(count - 1)], as many at a time as PyTorch has threads, which they share."""
+    threads = torch.get_num_threads()
+    share = threads // min(count, threads)
+    torch.set_num_threads(share)        # MKL has one setting for the whole process
+    try:
+        return list(_pool(min(count, threads), share).map(run, range(count)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def _pool(workers, share):
+    """Threads that use `share` of PyTorch's each."""
+    return concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
+                                                 initargs=(share,))
 
 
 def bf16_is_fast(device):
@@ -943,9 +1055,13 @@ class Scores:
     """
 
     def __init__(self, members, device):
-        self.n = 0
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
         self.ensemble = torch.zeros(2, dtype=torch.float64, device=device)          # loss, wrong
         self.members = torch.zeros(2, members, dtype=torch.float64, device=device)
+
+    def reset(self):
+        for total in vars(self).values():
+            total.zero_()
 
     def add(self, member_logits, targets, ensemble_loss, member_loss):
         """One batch: member_logits (N, M, K), targets (N,) or (N, M), losses (N,) and (N, M)."""
@@ -1007,7 +1123,51 @@ def predict(ensemble, data, images):
 
 # --- Training ----------------------------------------------------------------------------------
 
-def training_step(ensemble, optimizer, scores, images, targets, lam, weights=None):
+def train(experiment, run, data, progress=lambda epoch, history: None, eager=False,
+          checkpoint=None):
+    """Trains one run by the paper's protocol (appendix B).
+
+    With a validation split the reported epoch is the first with the lowest validation error; with
+    none it is the last. Returns the ensemble, with the weights of that epoch; the history, a pair
+    of `Scores.summary` an epoch (training, running over the epoch's steps; and validation, or test
+    where there is no validation split); the reported epoch, counted from 1; and the test scores
+    there. The last two are None of a run whose loss is no longer finite. A `Checkpoint` is kept
+    up to date, and gone on from if it holds something.
+    """
+    s = run.settings
+    ensemble, optimizer = new_ensemble(experiment, run, data)
+    training, validation = (part.to(data.device) for part in split(
+        len(data.train_images), run.trial, s["validation"], s["train"]))
+    test = data.test_images, data.test_labels
+    held_out = (data.train_images[validation], data.train_labels[validation]
+                ) if s["validation"] else test
+    batches, scores = Batches(run, data, training), Scores(s["members"], data.device)
+    history, lowest, reported, best = [], math.inf, None, None
+    if checkpoint and (saved := checkpoint.load(ensemble, optimizer, batches)):
+        history, lowest, reported, best = saved
+    step = stepper(run, ensemble, optimizer, scores, batches, eager)
+    for epoch in range(len(history) + 1, s["epochs"] + 1):
+        set_rate(optimizer, rate_at(s, epoch))
+        ensemble.train()
+        scores.reset()
+        for rows in batches.epoch():
+            step(rows)
+        history.append((scores.summary(), evaluate(ensemble, data, *held_out)))
+        progress(epoch, history)
+        if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1]):
+            return ensemble, history, None, None
+        error = history[-1][1]["ensemble_error"]
+        if s["validation"] and error < lowest:          # the first minimum, as the authors take it
+            lowest, reported, best = error, epoch, copy.deepcopy(ensemble.state_dict())
+        if checkpoint:
+            checkpoint.save(ensemble, optimizer, batches, history, lowest, reported, best)
+    if not s["validation"]:
+        return ensemble, history, s["epochs"], history[-1][1]
+    ensemble.load_state_dict(best)
+    return ensemble, history, reported, evaluate(ensemble, data, *test)
+
+
+def training_step(ensemble, optimizer, scores, lam, images, targets, weights=None):
     """One step of SGD on the joint loss; its losses and errors are added to `scores`."""
     member_logits = ensemble(images)
     loss, ensemble_loss, member_loss = fused_joint_loss(member_logits, targets, lam, weights)
@@ -1015,6 +1175,81 @@ def training_step(ensemble, optimizer, scores, images, targets, lam, weights=Non
     loss.backward()
     optimizer.step()
     scores.add(member_logits.detach(), targets, ensemble_loss, member_loss)
+
+
+def stepper(run, ensemble, optimizer, scores, batches, eager=False):
+    """A function of rows (N,) that takes a training step; on CUDA one that was captured."""
+    def step(rows):
+        training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
+
+    if batches.labels.device.type == "cuda" and not eager:
+        return captured(step, ensemble, optimizer, scores,
+                        torch.arange(batches.size, device=batches.labels.device))
+    return step
+
+
+def captured(step, ensemble, optimizer, scores, rows):
+    """A function of rows (N,) that replays `step`, which is recorded once as a CUDA graph.
+
+    A replay saves the launch of each kernel from Python: thousands in a step of an ensemble. What a
+    step reads and writes stays where it is in memory, and rows are copied in; a batch that is not
+    of the size of `rows` is not replayed. What the steps taken here change is put back. Raises
+    Refused if a step cannot be captured, or a captured one and an eager one are not equal within
+    the precision's error.
+    """
+    def state():
+        momenta = [buffer for each in optimizer.state.values() for buffer in each.values()
+                   if buffer is not None]
+        return [*ensemble.state_dict().values(), *vars(scores).values(), *momenta]
+
+    def restore():
+        for now, then in itertools.zip_longest(state(), before):
+            now.zero_() if then is None else now.copy_(then)    # no momentum is one of zero
+
+    def weights():
+        return torch.cat([p.detach().flatten() for p in ensemble.parameters()])
+
+    ensemble.train()
+    before, start = [tensor.clone() for tensor in state()], weights()
+    try:
+        replay = record(lambda: step(rows))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Refused(f"a training step cannot be captured ({str(error).splitlines()[0]}): add "
+                      "--eager") from error
+    moved = []
+    for work in (replay, lambda: step(rows)):
+        restore()
+        work()
+        moved.append(weights() - start)
+    restore()
+    error = ((moved[0] - moved[1]).norm() / moved[1].norm()).item()
+    if not error < 0.05:                # sums in another order leave less, in bf16 as well
+        raise Refused(f"a captured training step differs from an eager one by {100 * error:.0f} % "
+                      "of its length: add --eager")
+
+    def take(batch):
+        if len(batch) != len(rows):
+            step(batch)
+            return
+        rows.copy_(batch)
+        replay()
+    return take
+
+
+def record(work):
+    """Records the CUDA work of a call and returns the function that replays it."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):              # libraries choose their kernels and their workspace
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def new_ensemble(experiment, run, data):
@@ -1026,64 +1261,25 @@ def new_ensemble(experiment, run, data):
         raise Refused(f"{run.label}: bagging by weights is none for a network with batch norm, "
                       "which would see all images: --set bagging=resample")
     ensemble = ensemble.to(data.device)
+    rate = s["lr"] if data.device.type == "cpu" else torch.tensor(s["lr"], device=data.device)
     return ensemble, torch.optim.SGD(
-        ensemble.parameters(), lr=s["lr"], momentum=s["momentum"], nesterov=s["nesterov"],
+        ensemble.parameters(), lr=rate, momentum=s["momentum"], nesterov=s["nesterov"],
         weight_decay=s["weight_decay"], fused=True)
+
+
+def set_rate(optimizer, rate):
+    """Sets the learning rate; in place where it is a tensor, which a captured step reads."""
+    (group,) = optimizer.param_groups
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def rate_at(settings, epoch):
     """The learning rate of an epoch, from 1: a tenth after each share of the epochs in `decay`."""
     passed = sum(epoch - 1 >= share * settings["epochs"] for share in settings["decay"])
     return settings["lr"] * 0.1 ** passed
-
-
-def train(experiment, run, data, progress=lambda epoch, history: None):
-    """Trains one run by the paper's protocol (appendix B).
-
-    With a validation split the reported epoch is the first with the lowest validation error; with
-    none it is the last. Returns the ensemble, with the weights of that epoch; the history, a pair
-    of `Scores.summary` an epoch (training, running over the epoch's steps; and validation, or test
-    where there is no validation split); the reported epoch, counted from 1; and the test scores
-    there. The last two are None of a run whose loss is no longer finite.
-    """
-    s = run.settings
-    ensemble, optimizer = new_ensemble(experiment, run, data)
-    training, validation = (part.to(data.device) for part in split(
-        len(data.train_images), run.trial, s["validation"], s["train"]))
-    images, labels = data.train_images[training], data.train_labels[training]
-    test = data.test_images, data.test_labels
-    held_out = (data.train_images[validation], data.train_labels[validation]
-                ) if s["validation"] else test
-    n, bagging = len(training), s.get("bagging")
-    if bagging:
-        draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(data.device)
-        counts = multiplicities(draws)
-    own = (s["members"],) if bagging == "resample" else ()      # members with images of their own
-    order, augmentation = run.generator("order"), run.generator("augmentation")
-    if s["augment"]:
-        images = F.pad(images, [PADDING] * 4)
-    history, lowest = [], math.inf
-    for epoch in range(1, s["epochs"] + 1):
-        optimizer.param_groups[0]["lr"] = rate_at(s, epoch)
-        moves = draw_moves((n, *own), augmentation).to(data.device) if s["augment"] else None
-        ensemble.train()
-        scores = Scores(s["members"], data.device)
-        for rows in torch.randperm(n, generator=order).to(data.device).split(s["batch"]):
-            batch = draws[rows] if own else rows                                # (N, M) or (N,)
-            x = crop_and_flip(images, batch, moves[rows]) if s["augment"] else images[batch]
-            training_step(ensemble, optimizer, scores, data.normalise(x), labels[batch], run.lam,
-                          counts[rows].float() if bagging == "weights" else None)
-        history.append((scores.summary(), evaluate(ensemble, data, *held_out)))
-        progress(epoch, history)
-        if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1]):
-            return ensemble, history, None, None
-        error = history[-1][1]["ensemble_error"]
-        if s["validation"] and error < lowest:          # the first minimum, as the authors take it
-            lowest, reported, best = error, epoch, copy.deepcopy(ensemble.state_dict())
-    if not s["validation"]:
-        return ensemble, history, epoch, history[-1][1]
-    ensemble.load_state_dict(best)
-    return ensemble, history, reported, evaluate(ensemble, data, *test)
 
 
 def stack(experiment, run, data, results):
@@ -1163,7 +1359,8 @@ def stack(experiment, run, data, results):
 def write(path, save):
     """Writes a file under a temporary name and renames it: what has the name is whole.
 
-    Raises Refused if it cannot be written: the disk is full, or the folder is gone.
+    Returns its SHA-256. Raises Refused if it cannot be written: the disk is full, or the folder is
+    gone.
     """
     content = io.BytesIO()          # in memory first: torch.save hides a full disk's OSError
     save(content)
@@ -1176,43 +1373,152 @@ def write(path, save):
                       "make room, and give the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
+    return hashlib.sha256(content.getbuffer()).hexdigest()
+
+
+CHECKPOINT_SECONDS = 60
+
+
+class Checkpoint:
+    """What an interrupted run goes on from: its state at the end of an epoch, in its folder.
+
+    It is written at most every CHECKPOINT_SECONDS, with its SHA-256 at the end.
+    """
+
+    def __init__(self, run, results):
+        self.path, self.run = results / run.path / "checkpoint.pt", run
+        self.began = self.written = time.perf_counter()
+
+    def save(self, ensemble, optimizer, batches, history, lowest, reported, best):
+        """Writes the state of a run after an epoch, if the last time is long enough ago."""
+        if time.perf_counter() - self.written < CHECKPOINT_SECONDS:
+            return
+        state = {
+            "settings": json.dumps(self.run.settings, sort_keys=True),
+            "weights": ensemble.state_dict(), "momenta": [
+                optimizer.state[p].get("momentum_buffer") for p in ensemble.parameters()],
+            "order": batches.order.get_state(), "augmentation": batches.augmentation.get_state(),
+            "history": [{key: torch.from_numpy(np.array([epoch[part][key] for epoch in history]))
+                         for key in history[0][part]} for part in range(2)],
+            "lowest": lowest, "reported": reported, "best": best,
+            "seconds": time.perf_counter() - self.began}
+        content = io.BytesIO()
+        torch.save(state, content)
+        content.write(hashlib.sha256(content.getbuffer()).digest())
+        write(self.path, lambda file: file.write(content.getbuffer()))
+        self.written = time.perf_counter()
+
+    def load(self, ensemble, optimizer, batches):
+        """Puts the state back; returns history, lowest, reported and best as they were, or None.
+
+        A checkpoint that is not whole is set aside, and this is told. Raises Refused if it is of a
+        run with other settings.
+        """
+        if not self.path.is_file():
+            return None
+        content, device = self.path.read_bytes(), batches.labels.device
+        try:
+            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                raise ValueError
+            state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+        except (ValueError, pickle.UnpicklingError):
+            aside = self.path.with_name(f"damaged-{time.time_ns()}-{self.path.name}")
+            self.path.rename(aside)
+            print(f"{self.path} is damaged: it is set aside as {aside.name}, and the run begins "
+                  "anew", flush=True)
+            return None
+        if other := difference(json.loads(state["settings"]),
+                               json.loads(json.dumps(self.run.settings))):
+            raise Refused(f"{self.path} is of a run with other settings: {other[0]} is {other[1]!r}"
+                          f" there and {other[2]!r} now; use another --results folder, or remove "
+                          "that file")
+        self.began -= state["seconds"]
+        ensemble.load_state_dict(state["weights"])
+        for p, momentum in zip(ensemble.parameters(), state["momenta"], strict=True):
+            if momentum is not None:
+                optimizer.state[p]["momentum_buffer"] = momentum.to(device)
+        batches.order.set_state(state["order"])
+        batches.augmentation.set_state(state["augmentation"])
+        parts = [{key: values.numpy() for key, values in part.items()}
+                 for part in state["history"]]
+        history = [tuple({key: values[i] for key, values in part.items()} for part in parts)
+                   for i in range(len(parts[0]["ensemble_loss"]))]
+        return history, state["lowest"], state["reported"], state["best"]
+
+
+class Damaged(Refused):
+    """A run folder holds something that is not as it was written."""
+
+    def __init__(self, path, why):
+        super().__init__(f"{path} is damaged ({why}): train again, which sets it aside and does "
+                         f"that run anew, or remove {path.parent}")
+
+
+def seal(record):
+    """SHA-256 of a run.json, but for the seal that is in it."""
+    content = {key: value for key, value in record.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_run(folder):
-    """The run.json of a finished run, or None. Raises Refused if it cannot be read."""
+    """The run.json of a finished run, or None. Raises Damaged if it is not as it was written."""
     path = folder / "run.json"
     try:
         record = json.loads(path.read_text())
-        if not {"settings", "result", "trial"} <= record.keys():
-            raise ValueError("it is no record of a run")
+        if record["seal"] != seal(record):
+            raise ValueError("it was changed after it was written")
         return record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise Refused(f"{path} cannot be read ({error}): remove {folder}, and the run is done "
-                      "again") from error
+    except KeyError as error:
+        raise Damaged(path, "it has no seal") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Damaged(path, error) from error
+
+
+def read_file(folder, name):
+    """A file of a finished run, in memory. Raises Damaged if it is not as it was written."""
+    path, record = folder / name, read_run(folder)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Damaged(path, error.strerror) from error
+    if record is None or hashlib.sha256(content).hexdigest() != record["sha256"].get(name):
+        raise Damaged(path, "it does not have the checksum that is in run.json")
+    return io.BytesIO(content)
+
+
+def whole_run(folder):
+    """The run.json of a finished run, or None. Raises Damaged if it, or a file beside it, is."""
+    record = read_run(folder)
+    for name in record["sha256"] if record else ():
+        read_file(folder, name)
+    return record
 
 
 def load_history(folder):
-    """The arrays of history.npz, by name. Raises Refused if it is not there or not whole."""
-    path = folder / "history.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise Refused(f"{path} cannot be read ({error}): remove {folder}, and the run is done "
-                      "again") from error
+    """The arrays of history.npz, by name. Raises Damaged if it is not as it was written."""
+    with np.load(read_file(folder, "history.npz"), allow_pickle=False) as file:
+        return dict(file)
 
 
 def load_weights(folder, device):
-    """The state_dict of the reported epoch. Raises Refused if it is not there or not whole."""
-    path = folder / "weights.pt"
+    """The state_dict of the reported epoch. Raises Damaged if it is not as it was written."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Refused(f"{path} cannot be read ({reason}): remove {folder}, and the run is done "
-                      "again") from error
+        return torch.load(read_file(folder, "weights.pt"), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:         # more than weights, checksum or not
+        raise Damaged(folder / "weights.pt", "it holds more than weights") from error
+
+
+def set_aside(folder):
+    """Moves the files of a damaged run into a folder beside them, and says so."""
+    aside = folder / f"damaged-{time.time_ns()}"
+    aside.mkdir()
+    for name in ("run.json", "history.npz", "weights.pt"):
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    print(f"{folder}: what is damaged there is set aside as {aside.name}, and the run is done anew",
+          flush=True)
 
 
 def difference(there, here):
@@ -1222,17 +1528,28 @@ def difference(there, here):
 
 
 def finished(run, results, remedy="use another --results folder, or remove that one"):
-    """Is this run in its folder, with what it must keep? Raises Refused on other settings there."""
+    """Is this run in its folder, with what it must keep?
+
+    Raises Refused on other settings there, and Damaged if something is not as it was written.
+    """
     folder = results / run.path
-    record = read_run(folder)
+    record = whole_run(folder)
     if record is None:
         return False
     if other := difference(record["settings"], json.loads(json.dumps(run.settings))):
         key, there, here = other
         raise Refused(f"{folder} holds results from other settings: {key} is {there!r} there and "
                       f"{here!r} now; {remedy}")
-    return (not run.weights or (folder / "weights.pt").is_file() or
+    return (not run.weights or "weights.pt" in record["sha256"] or
             record["result"]["diverged_at_epoch"] is not None)
+
+
+def to_be_done(run, results):
+    """Is this run not finished, or damaged?"""
+    try:
+        return not finished(run, results)
+    except Damaged:
+        return True
 
 
 def machine(device):
@@ -1263,26 +1580,49 @@ def write_run(run, results, data, began, arrays, result, ensemble=None):
     """
     folder = results / run.path
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "history.npz", lambda file: np.savez(file, **arrays))
+    files = {"history.npz": write(folder / "history.npz",
+                                  lambda file: np.savez(file, **arrays))}
     record = {"experiment": run.experiment, "preset": run.preset,
               "configuration": run.configuration, "method": run.method, "lambda": run.lam,
               "trial": run.trial, "settings": run.settings, "result": result}
     if ensemble is not None:
         record["parameters"] = sum(p.numel() for p in ensemble.parameters())
     if run.weights and result["diverged_at_epoch"] is None:
-        write(folder / "weights.pt", lambda file: torch.save(ensemble.state_dict(), file))
-    record |= {"seconds": round(time.perf_counter() - began, 2),
+        files["weights.pt"] = write(folder / "weights.pt",
+                                    lambda file: torch.save(ensemble.state_dict(), file))
+    record |= {"sha256": files, "seconds": round(time.perf_counter() - began, 2),
                "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
                "data_from": data.origin, "machine": machine(data.device)}
+    record["seal"] = seal(record)
     write(folder / "run.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
-def do_run(experiment, run, data, results, progress):
+@contextlib.contextmanager
+def claim(run, results):
+    """Whether this process has a run to itself: by a lock of the kernel's, gone with its owner."""
+    path = results / run.path / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        if not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
+            yield False                 # another process was done with this file just now
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def do_run(experiment, run, data, results, progress, eager=False):
     """Trains one run and writes its folder. Returns its result, as run.json has it.
 
     Raises Refused, and writes nothing, if the device has too little memory.
     """
-    began, ensemble = time.perf_counter(), None
+    checkpoint, ensemble = Checkpoint(run, results), None
     cuda = data.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -1290,7 +1630,8 @@ def do_run(experiment, run, data, results, progress):
         if run.method == "stacking":
             test, arrays, result = stack(experiment, run, data, results)
         else:
-            ensemble, history, epoch, test = train(experiment, run, data, progress)
+            ensemble, history, epoch, test = train(experiment, run, data, progress, eager,
+                                                   checkpoint)
             arrays, result = reported(run, history, epoch)
             if isinstance(ensemble, Ensemble):
                 arrays["member_distance"] = distances(
@@ -1302,7 +1643,8 @@ def do_run(experiment, run, data, results, progress):
             result[f"test_{key}"] = float(value)
         else:
             arrays[f"reported_test_{key}"] = value
-    write_run(run, results, data, began, arrays, result, ensemble)
+    write_run(run, results, data, checkpoint.began, arrays, result, ensemble)
+    checkpoint.path.unlink(missing_ok=True)
     return result
 
 
@@ -1376,9 +1718,6 @@ def cost(experiment, run, data):
     """
     s, device = run.settings, data.device
     ensemble, optimizer = new_ensemble(experiment, run, data)
-    scores = Scores(s["members"], device)
-    own = (s["members"],) if s.get("bagging") == "resample" else ()
-    index = torch.randint(len(data.train_labels), (s["batch"], *own), device=device)
     size = images_at_once(data.train_images)
     part = data.train_images[:size], data.train_labels[:size]
     example = seconds_about(lambda: evaluate(ensemble, data, *part), device) / len(part[1])
@@ -1391,12 +1730,33 @@ def cost(experiment, run, data):
         fits = s["folds"] * len(s["penalties"]) + 1
         return (fitted + len(data.test_labels)) * example + 100 * fits * fitted * product, 0, 0
     ensemble.train()
-    step = seconds_about(lambda: training_step(
-        ensemble, optimizer, scores, data.normalise(data.train_images[index]),
-        data.train_labels[index], run.lam), device)
+    scores = Scores(s["members"], device)
+    batches = Batches(run, data, torch.arange(n, device=device))
+    rows = batches.epoch()[0]
+    step = stepper(run, ensemble, optimizer, scores, batches)
+    seconds = seconds_about(lambda: step(rows), device)
     held_out = s["validation"] or len(data.test_labels)
-    return (s["epochs"] * (math.ceil(n / s["batch"]) * step + held_out * example),
+    return (s["epochs"] * (math.ceil(n / s["batch"]) * seconds + held_out * example),
             16 * s["epochs"] * s["members"], 4 * sum(p.numel() for p in ensemble.parameters()))
+
+
+def estimate(experiment, to_do, data):
+    """What each run will take on the device at hand: [(seconds, bytes of disk)]."""
+    known, costs = {}, []
+    for run in to_do:
+        kind = (run.configuration, "joint" if run.method == "independent" else run.method)
+        if kind not in known:
+            with memory_told(data.device, run.label, lower_the_batch(run)):
+                known[kind] = cost(experiment, run, data)
+        seconds, history, weights = known[kind]
+        costs.append((seconds, history + run.weights * weights))
+    return costs
+
+
+def amount(costs):
+    """A sum of `estimate` in words."""
+    seconds, size = map(sum, zip(*costs, strict=True)) if costs else (0, 0)
+    return f"about {duration(seconds)}, {size / 1e6:.0f} MB"
 
 
 def duration(seconds):
@@ -1404,56 +1764,42 @@ def duration(seconds):
         f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h")
 
 
-def plan(experiment, runs, to_do, data):
-    """Prints what is to be done and what it takes; returns the seconds of each run to do."""
-    known, seconds, size = {}, [], 0
-    for run in to_do:
-        kind = (run.configuration, "joint" if run.method == "independent" else run.method)
-        if kind not in known:
-            with memory_told(data.device, run.label, lower_the_batch(run)):
-                known[kind] = cost(experiment, run, data)
-        time_taken, history, weights = known[kind]
-        seconds.append(time_taken)
-        size += history + run.weights * weights
-    name, source = data.description["name"], data.description["source"]
-    print(f"{experiment.name}: {len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} "
-          f"to do: about {duration(sum(seconds))}, {size / 1e6:.0f} MB\n"
-          f"  on {machine(data.device)['device']} ({data.device.type}, {torch.get_num_threads()} "
-          f"threads), with {name} ({source}; {data.origin})", flush=True)
-    return seconds
-
-
 class Progress:
-    """Says where the work is and when it will end: one living line; in a log, one now and then."""
+    """Says where the work is and when it will end: one living line; in a log, one now and then.
 
-    def __init__(self, seconds):
-        self.seconds, self.done, self.began, self.said = seconds, 0, time.perf_counter(), 0.0
-        self.live = sys.stdout.isatty()
+    What other processes finish in the same folder counts as well.
+    """
 
-    def start(self, run):
-        self.run = run
+    def __init__(self, runs, costs, results):
+        self.seconds = {run.path: cost[0] for run, cost in zip(runs, costs, strict=True)}
+        self.results = results
+        self.began, self.said, self.live = time.perf_counter(), 0.0, sys.stdout.isatty()
 
-    def left(self, part):
-        """Seconds left: the estimate of what is to come, scaled by how it has held so far."""
-        past = sum(self.seconds[:self.done]) + part * self.seconds[self.done]
+    def say(self, run, part, text, living=False):
+        """A line on a run of which `part` is done, and how long the others will take.
+
+        What is left is the estimate of what is to come, scaled by how it has held so far.
+        """
+        done = {path for path in self.seconds if (self.results / path / "run.json").exists()}
+        past = sum(self.seconds[path] for path in done) + part * (
+            self.seconds[run.path] if run.path not in done else 0)
         spent = time.perf_counter() - self.began
-        return (sum(self.seconds) - past) * (spent / past if past and spent > 5 else 1)
-
-    def say(self, text, living=False):
-        line = f"[{self.done + 1}/{len(self.seconds)}] {self.run.label}: {text}"
+        left = max(0, sum(self.seconds.values()) - past)
+        left *= spent / past if past and spent > 5 else 1
+        line = (f"[{len(done | {run.path})}/{len(self.seconds)}] {run.label}: {text}, "
+                f"about {duration(left)} left")
         print(f"\r{line:<100}" if self.live else line, end="" if living else "\n", flush=True)
         self.said = time.perf_counter()
 
-    def epoch(self, epoch, history):
+    def epoch(self, run, epoch, history):
         if not self.live and time.perf_counter() - self.said < 30:
             return
-        error = 100 * history[-1][1]["ensemble_error"]
-        epochs = self.run.settings["epochs"]
-        part = "validation" if self.run.settings["validation"] else "test"
-        self.say(f"epoch {epoch}/{epochs}, {part} error {error:.1f} %, "
-                 f"about {duration(self.left(epoch / epochs))} left", living=self.live)
+        part = "validation" if run.settings["validation"] else "test"
+        epochs, error = run.settings["epochs"], 100 * history[-1][1]["ensemble_error"]
+        self.say(run, epoch / epochs, f"epoch {epoch}/{epochs}, {part} error {error:.1f} %",
+                 living=self.live)
 
-    def finish(self, result):
+    def finish(self, run, result):
         if "test_ensemble_error" in result:
             text = f"test error {100 * result['test_ensemble_error']:.2f} %"
             text += f" (epoch {result['epoch']})" if "epoch" in result else ""
@@ -1462,8 +1808,7 @@ class Progress:
                          "widen `penalties` in presets.yaml)")
         else:
             text = f"DIVERGED at epoch {result['diverged_at_epoch']}"
-        self.say(f"{text}, about {duration(self.left(1))} left")
-        self.done += 1
+        self.say(run, 1, text)
 
 
 # --- The command line --------------------------------------------------------------------------
@@ -1493,6 +1838,9 @@ def _number(kind, test, expected):
 
 count = _number(int, *COUNT)
 lambda_number = _number(float, *FRACTION)
+shard_numbers = _number(
+    lambda text: tuple(map(int, text.split("/"))),
+    lambda x: len(x) == 2 and 0 <= x[0] < x[1], "I/N with I from 0 to N - 1, such as 0/4")
 seed_number = _number(int, _is(int, 0, 2**63 - 1), "a whole number of at least 0")
 
 
@@ -1533,6 +1881,13 @@ def training_parser(description):
     p.add_argument("--tune", action="store_true", help="tune the learning rate of every "
                    "configuration and lambda on validation error, as the authors did, and print it "
                    "as presets.yaml takes it")
+    p.add_argument("--jobs", type=count, default=1, metavar="N", help="train N runs at once, in "
+                   "processes that share the cores (default: 1)")
+    p.add_argument("--shard", type=shard_numbers, default=(0, 1), metavar="I/N", help="only the "
+                   "I-th of N equal parts of the runs, from 0: for machines that share no folder")
+    p.add_argument("--eager", action="store_true", help="on CUDA, launch every step from Python "
+                   "instead of replaying one that was captured (the default there)")
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)     # one of those
     p.add_argument("--fetch", action="store_true",
                    help="get the data and stop; exit status 3 if the stand-in takes its place")
     return p
@@ -1585,8 +1940,9 @@ def prepare(experiment, args):
         raise Refused(f"folds {block['folds']} is more than the {fitted} images that stacking is "
                       "fitted on: lower it")
     data = load_data(block["dataset"], policy, block, args.data_dir, download=not args.dry_run)
-    return block, data.to(device), list_runs(
-        name, experiment, block, data.description, args.seed, args.only, args.lambdas, args.methods)
+    runs = list_runs(name, experiment, block, data.description, args.seed, args.only, args.lambdas,
+                     args.methods)
+    return block, data.to(device), shard(runs, *args.shard)
 
 
 def run_study(experiment, args):
@@ -1598,23 +1954,84 @@ def run_study(experiment, args):
                           "with --set validation=N")
         runs = tuning_runs(runs, block["tune"])
     train_missing(experiment, runs, data, args)
-    if args.tune and not args.dry_run:
+    if args.tune and not args.dry_run and not args.worker:
         print_tuned(runs, args.results)
 
 
 def train_missing(experiment, runs, data, args):
-    """Trains the runs that are not in their folders yet, or with --dry-run prints the plan."""
-    to_do = [run for run in runs if not finished(run, args.results)]
-    seconds = plan(experiment, runs, to_do, data)
+    """Trains the runs that are not in their folders yet, or with --dry-run prints the plan.
+
+    Any number of processes may do so in one folder: each takes runs that no other is at, and ends
+    when all are finished.
+    """
+    to_do = [run for run in runs if to_be_done(run, args.results)]
+    costs = estimate(experiment, to_do, data)
+    if not args.worker:
+        name, source, where = (data.description["name"], data.description["source"],
+                               machine(data.device))
+        print(f"{experiment.name}: {len(runs)} runs, {len(runs) - len(to_do)} finished, "
+              f"{len(to_do)} to do: {amount(costs)}\n"
+              f"  on {where['device']} ({data.device.type}, {where['threads']} threads), with "
+              f"{name} ({source}; {data.origin})", flush=True)
     if args.dry_run:
+        for figure, drawn in experiment.figures.items():
+            if wanted := [run for run in runs if drawn(run)]:
+                left = [cost for run, cost in zip(to_do, costs, strict=True) if drawn(run)]
+                print(f"  {figure}: {len(left)} of {len(wanted)} runs to do, {amount(left)}")
         for run in runs:
-            print(f"  {run.label}: {'to do' if run in to_do else 'finished'}")
+            print(f"    {run.label}: {'to do' if run in to_do else 'finished'}")
         return
     make_writable(args.results)
-    progress = Progress(seconds)
-    for run in to_do:
-        progress.start(run)
-        progress.finish(do_run(experiment, run, data, args.results, progress.epoch))
+    if args.jobs > 1 and to_do:
+        at_once(args.jobs)
+        return
+    progress = Progress(to_do, costs, args.results)
+    source = {(run.configuration, run.trial): run for run in runs
+              if run.method == "joint" and run.lam == 0}        # of the members that are stacked
+    said = False
+    while to_do:
+        others = []
+        for run in to_do:
+            if run.method == "stacking" and to_be_done(source[run.configuration, run.trial],
+                                                       args.results):
+                others.append(run)
+                continue
+            with claim(run, args.results) as mine:
+                if not mine:
+                    others.append(run)
+                elif to_be_done(run, args.results):
+                    if (args.results / run.path / "run.json").exists():
+                        set_aside(args.results / run.path)
+                    progress.finish(run, do_run(experiment, run, data, args.results,
+                                                functools.partial(progress.epoch, run),
+                                                args.eager))
+        if others == to_do:
+            if not said:
+                print(f"waiting for {len(others)} runs that other processes are at", flush=True)
+            said = True
+            time.sleep(1)
+        to_do = others
+
+
+def at_once(jobs):
+    """Runs this command in `jobs` processes, each with its part of the threads."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    reading, writing = os.pipe()
+    workers = [subprocess.Popen([sys.executable, *sys.argv, "--jobs", "1", "--worker"],
+                                stdout=writing, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+               for _ in range(jobs)]
+    os.close(writing)
+    try:
+        with open(reading) as lines:
+            for line in lines:
+                print(line, end="", flush=True)
+        if failed := [status for worker in workers if (status := worker.wait())]:
+            sys.exit(max(failed) if max(failed) > 0 else 1)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
 
 
 def tuning_runs(runs, rates):
@@ -1654,7 +2071,14 @@ def make_writable(folder):
 
 
 def command_line(main):
-    """Runs a script's `main`; bad input becomes one line on stderr and exit status 2."""
+    """Runs a script's `main`; bad input becomes one line on stderr and exit status 2.
+
+    Ctrl-C and SIGTERM end it within a step, with exit status 130 and 143.
+    """
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    handler = signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except Refused as error:
@@ -1667,7 +2091,9 @@ def command_line(main):
         print(f"error: {error}; what was finished is kept: mend this and give the same command "
               "again", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; finished runs are kept: the same command goes on with the others",
-              file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        print("\nstopped; finished runs are kept, and of the others what is at most a minute or an "
+              "epoch old: the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -63,7 +63,7 @@ class Study:
     def find(self, experiment, configuration, method):
         """(run.json, folder) by trial of the finished runs of one method; notes what is missing."""
         folder = self.results / self.name / experiment / configuration / method
-        found = [(common.read_run(path.parent), path.parent)
+        found = [(common.whole_run(path.parent), path.parent)
                  for path in sorted(folder.glob("trial*/run.json"))]
         there = {record["trial"] for record, _ in found}
         self.missing |= {(experiment, configuration, method, trial): None
@@ -569,6 +569,9 @@ def fig6(study):
                 ax.set_xticks(lambdas, map(common.lambda_name, lambdas), fontsize=6.5)
             ax.set_xlabel("λ" if experiment != "mlp_fmnist" else "λ (not to scale)")
             ax.set_ylabel("error (%)")
+        if not ends:
+            for ax in line:
+                ax.annotate("not run", (0.5, 0.5), xycoords="axes fraction", ha="center")
         held_out = "validation" if study.block(experiment)["validation"] else "test"
         if last:                                            # as it was trained, whatever is planned
             held_out = "validation" if last[0][0]["settings"]["validation"] else "test"
@@ -654,7 +657,8 @@ def bytes_saved_for_backward(ensemble, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ensemble.train()(torch.empty(batch, 3, 32, 32, device="meta"))
+        ensemble.train()(torch.empty(batch, 3, 32, 32, device="meta",
+                                     dtype=next(ensemble.parameters()).dtype))
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -827,11 +831,16 @@ def save_table(table, study, path):
             *(rf"\IfFileExists{{{name}.tex}}{{\input{{{name}}}}}{{}}" for name in TABLES),
             r"\end{document}", ""]
     common.write(path.with_name("tables.tex"), lambda file: file.write("\n".join(page).encode()))
-    write_csv(path.with_suffix(".csv"),
-              [{**row, "provenance": " · ".join(head)} for row in table.rows])
+    write_csv(path.with_suffix(".csv"), with_provenance(table.rows, provenance))
 
 
 # --- main --------------------------------------------------------------------------------------
+
+
+def with_provenance(rows, provenance):
+    """Rows of a CSV whose first says what all were made from."""
+    return [{**row, "provenance": "" if i else provenance.replace("\n", " · ")}
+            for i, row in enumerate(rows)]
 
 
 def write_csv(path, rows):
@@ -872,8 +881,7 @@ def save_figure(fig, rows, study, path):
     fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=5.5, color=GREY)
     for name, table in (rows if isinstance(rows, dict) else {"": rows}).items():
-        write_csv(path.with_name(f"{path.name}{name}.csv"),
-                  [{**row, "provenance": provenance.replace("\n", " · ")} for row in table])
+        write_csv(path.with_name(f"{path.name}{name}.csv"), with_provenance(table, provenance))
     common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
     common.write(path.with_suffix(".pdf"), lambda file: fig.savefig(
         file, format="pdf", metadata={"CreationDate": None}))

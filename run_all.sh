@@ -5,19 +5,26 @@
 #   bash run_all.sh test                                    the tests
 #
 # Options, with the same meaning as in the scripts: --data real|auto|synthetic, --data-dir DIR,
-# --results DIR, --figures-dir DIR, --device auto|cpu|cuda, --seed N. With --data folder, DIR holds
-# images that take the place of CIFAR-100, and Fashion-MNIST is found as without it.
-from=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
-
+# --results DIR, --figures-dir DIR, --device auto|cpu|cuda, --seed N, --eager. With --data folder, DIR
+# holds images that take the place of CIFAR-100, and Fashion-MNIST is found as without it.
+#
+# As a task of a SLURM array it trains its part of the runs and draws nothing:
+#   sbatch --array=0-31 run_all.sh paper
+#SBATCH --requeue --open-mode=append --output=slurm-%A_%a.out
 refuse() { echo "error: $*" >&2; exit 2; }
+
+from=$PWD here=$(dirname "${BASH_SOURCE[0]}")
+[ -f "$here/common.py" ] || here=${SLURM_SUBMIT_DIR:-$here}     # sbatch runs a copy from elsewhere
+[ -f "$here/common.py" ] || refuse "$here is not the package's folder: call sbatch in that"
+cd "$here" || exit 2
 
 # --- What is asked for -------------------------------------------------------------------------
 
 what="" device=auto data="" dir=() train=() drop=() draw=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h|--help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    --eager) train+=("$1"); shift ;;
     -*)
       [ $# -ge 2 ] || refuse "$1: a value was expected after it"
       value=$2
@@ -83,6 +90,8 @@ if fits "$python"; then
   why="the active Python, which has the packages"
 else
   if ! fits "$venv"; then
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "the packages are not installed: run \
+\`bash run_all.sh smoke\` in $PWD once, before an array of tasks would do so all at once"
     echo "setting up .venv with $requirements (a minute or two online, 5 GB): the active Python \
 ($("$python" --version 2>&1)) has not all packages in tested versions"
     { [ -x "$venv" ] || "$python" -m venv --clear --without-pip .venv; } &&
@@ -129,7 +138,7 @@ stage() {                       # stage NAME COMMAND...: a stage that fails does
   local name=$1 status; shift
   echo; echo "== $name"
   "$@"; status=$?
-  [ $status = 130 ] && exit 130
+  [ $status = 130 ] || [ $status = 143 ] && exit $status
   [ $status = 0 ] || [ $status = 3 ] || failed+=("$name (exit status $status)")
   return $status
 }
@@ -143,15 +152,22 @@ stage "data: Fashion-MNIST" mlp --fetch
 stage "data: CIFAR-100" densenet --fetch
 [ $? = 3 ] && cifar+=(--data synthetic)
 
-plan() { "$1" --dry-run | sed -n 1,2p; return "${PIPESTATUS[0]}"; }
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
+  train+=(--shard "$part/$SLURM_ARRAY_TASK_COUNT")
+  echo; echo "part $part of $SLURM_ARRAY_TASK_COUNT of the runs, by SLURM's array"
+fi
+plan() { "$1" --dry-run | grep -v '^    '; return "${PIPESTATUS[0]}"; }
 stage "plan: MLPs" plan mlp
 stage "plan: DenseNets" plan densenet
 stage "plan: ConvNets" plan convnet
 stage "MLPs on Fashion-MNIST" mlp
 stage "DenseNets on CIFAR-100" densenet
 stage "ConvNets on CIFAR-100" convnet
-stage "robustness" "$python" robustness.py --preset "$what" --only 64x16H 256x4H "${drop[@]}"
-stage "figures" "$python" make_figures.py --preset "$what" "${draw[@]}"
+if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  stage "robustness" "$python" robustness.py --preset "$what" --only 64x16H 256x4H "${drop[@]}"
+  stage "figures" "$python" make_figures.py --preset "$what" "${draw[@]}"
+fi
 
 echo
 if [ ${#failed[@]} = 0 ]; then

@@ -57,10 +57,12 @@ PADDING = (lambda x: x in (0, 1) and not isinstance(x, bool), "0 or 1")
 # --- The runs ----------------------------------------------------------------------------------
 
 # presets.yaml, block convnet_cifar, names them: every configuration at every lambda over the
-# trials; the sixth at lambda 0 and 1, with its weights kept.
+# trials; the sixth at lambda 0 and 1, with its weights kept. Which of them a figure draws:
 EXPERIMENT = common.Experiment("convnet_cifar", {
     "filters": COUNTS, "strides": COUNTS, "padding": PADDING, "batchnorm": common.SWITCH,
-    "precision": common.PRECISION}, build)
+    "precision": common.PRECISION}, build, {
+    "Fig. 4": lambda run: run.configuration != "10xConvNet-0.29M",
+    "Fig. 5": lambda run: run.configuration == "10xConvNet-0.29M"})
 
 
 # --- main --------------------------------------------------------------------------------------

@@ -76,8 +76,11 @@ DEPTH = (lambda x: common.COUNT[0](x) and x >= 10 and x % 6 == 4,
 
 # presets.yaml, block densenet_cifar, names them: every configuration at every lambda, independent
 # at its own learning rate, bagging and stacking, over the trials.
+# Which of them a table or figure shows:
 EXPERIMENT = common.Experiment("densenet_cifar", {
-    "depth": DEPTH, "growth": common.COUNT, "precision": common.PRECISION}, build)
+    "depth": DEPTH, "growth": common.COUNT, "precision": common.PRECISION}, build, {
+    "Table 2": lambda run: True,
+    "Fig. 6": lambda run: run.configuration == "DN-High" and run.method == "joint"})
 
 
 # --- main --------------------------------------------------------------------------------------

@@ -63,7 +63,18 @@ def build(settings, shape, classes, generator):
 
 # presets.yaml, block mlp_fmnist, names them: every configuration at every lambda over the trials,
 # and bagging and stacking of 256x4H.
-EXPERIMENT = common.Experiment("mlp_fmnist", {"hidden": common.COUNT}, build)
+# Which of them a figure draws:
+EXPERIMENT = common.Experiment("mlp_fmnist", {"hidden": common.COUNT}, build, {
+    "Fig. 2": lambda run: run.configuration == "1x1024H" or (
+        run.configuration == "256x4H" and run.method_name in
+        ("bagging", "stacking", "joint-0", "joint-0.95", "joint-1")),
+    "Fig. 3": lambda run: run.method == "joint",
+    "Fig. 6": lambda run: run.configuration == "256x4H" and run.method == "joint",
+    "Fig. 7": lambda run: run.configuration == "256x4H" and run.method_name in
+    ("joint-0", "joint-0.99", "joint-1"),
+    "Fig. 8": lambda run: run.configuration == "64x16H" and run.method_name in
+    ("joint-0", "joint-0.99", "joint-1"),
+    "Fig. 9": lambda run: run.configuration == "64x16H"})
 
 
 # --- main --------------------------------------------------------------------------------------

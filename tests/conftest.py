@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""      # bitwise promises are of the CPU, here and in children
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,3 +42,12 @@ def script(monkeypatch, capsys, tmp_path):
         out, err = capsys.readouterr()
         return status, out, err
     return run
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch with one thread, or as many as the test then sets."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

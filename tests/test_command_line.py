@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,10 @@ def refused(outcome, *words):
     (["--only", "1x1024H", "--methods", "bagging"], ["no run is left", "1x1024H"]),
     (["--data-dir", "nowhere"], ["nowhere", "synthetic", "--data real"]),
     (["--unknown"], ["--unknown", "--help"]),
+    (["--jobs", "0"], ["'0'", "at least 1"]),
+    (["--shard", "4/4"], ["'4/4'", "I/N", "0/4"]),
+    (["--shard", "1/2/3"], ["'1/2/3'", "I/N"]),
+    (["--shard", "one"], ["'one'", "I/N"]),
     (["--data", "real", "--data-dir", "nowhere"], ["nowhere", "not a folder", "Fashion-MNIST"]),
 ])
 def test_bad_arguments(script, arguments, words):
@@ -210,7 +215,7 @@ def test_a_record_that_is_not_whole(script):
     assert script(train_mlp_fmnist, *SMALL, "--lambdas", 0)[0] == 0
     (path,) = Path().rglob("run.json")
     path.write_text(path.read_text()[:40])
-    status, _, err = script(train_mlp_fmnist, *SMALL, "--lambdas", 0)
+    status, _, err = script(make_figures, "fig3", "--preset", "smoke")
     assert status == 2 and str(path) in err and f"remove {path.parent}" in err
 
 
@@ -263,7 +268,26 @@ def test_a_dry_run_says_what_is_finished_and_writes_nothing(script):
     status, out, _ = script(train_mlp_fmnist, *select, "--dry-run")
     assert status == 0 and "2 runs, 1 finished, 1 to do" in out
     assert "16x64H lambda 0 trial 0: finished" in out and "16x64H lambda 1 trial 0: to do" in out
+    assert re.search(r"Fig\. 3: 1 of 2 runs to do, about \d+ s, \d+ MB", out)
+    assert "Fig. 2:" not in out                         # of which nothing was selected
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("module", [train_mlp_fmnist, train_densenet_cifar, train_convnet_cifar])
+def test_a_plan_names_for_a_figure_the_runs_that_it_draws(tmp_path, module):
+    experiment = module.EXPERIMENT
+    block = common.experiment_settings(common.load_preset("paper"), "paper", experiment)
+    runs = common.list_runs("paper", experiment, block, {})
+    for name, drawn in experiment.figures.items():
+        study = make_figures.Study(tmp_path, "paper", "example")
+        kind, number = name.split()
+        if kind == "Table":
+            make_figures.TABLES[f"table{number}"](study)
+        else:
+            make_figures.plt.close(make_figures.FIGURES[f"fig{number}"](study)[0])
+        missing = {run for run in study.missing if run[0] == experiment.name}
+        assert {(run.experiment, run.configuration, run.method_name, run.trial)
+                for run in runs if drawn(run)} == missing, name
 
 
 def test_a_finished_run_is_not_trained_again(script):

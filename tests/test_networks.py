@@ -163,18 +163,56 @@ def test_running_statistics_are_each_members_own(training):
 
 
 def test_at_lambda_0_the_gradient_is_the_independent_one_over_m():
-    nets, targets = ensemble(4), torch.arange(6) % 7
+    nets, targets = ensemble(4).double(), torch.arange(6) % 7
     alone = copy.deepcopy(nets)
-    x = images(6)
+    x = images(6).double()
     common.fused_joint_loss(nets.train()(x), targets, 0)[0].backward()
     for m, member in enumerate(alone.members):
         F.cross_entropy(member.train()(x), targets).backward()
         for p, q in zip(nets.members[m].parameters(), member.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad / 4, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(p.grad, q.grad / 4, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_members_side_by_side_equal_those_one_after_the_other(precision, shared, one_thread):
+    """A thread a member, two at a time, gives what one thread gives, to the bit."""
+    x = images(8, *(() if shared else (3,)))
+    seen = {}
+    for threads in (1, 2):
+        nets = ensemble(precision=precision).train()
+        torch.set_num_threads(threads)
+        logits = nets(x)
+        assert ("SideBySide" in type(logits.grad_fn).__name__) == (threads == 2)
+        logits.square().sum().backward()
+        nets.eval()
+        with torch.no_grad():
+            evaluated = nets(x)
+        assert torch.get_num_threads() == threads
+        assert not evaluated.requires_grad
+        seen[threads] = [logits, evaluated, *nets.buffers(), *(p.grad for p in nets.parameters())]
+    assert all(map(torch.equal, seen[1], seen[2]))
+
+
+def test_members_side_by_side_may_have_frozen_and_unused_weights(one_thread):
+    seen = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        nets = ensemble().train()
+        for member in nets.members:
+            member.unused = nn.Identity()
+            member.unused.weight = nn.Parameter(torch.ones(2))
+            member[0].weight.requires_grad_(False)
+            member.forward = lambda x, layers=list(member)[:-1]: nn.Sequential(*layers)(x)
+        nets(images(8)).square().sum().backward()
+        seen[threads] = [p.grad for p in nets.parameters()]
+    assert sum(grad is None for grad in seen[1]) == 2 * 3       # the frozen one, the unused one
+    for one, other in zip(seen[1], seen[2], strict=True):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_member_gets_a_copy_of_the_shared_images(precision):
+def test_no_member_gets_a_copy_of_the_shared_images(precision, one_thread):
     """Not of its own making either: one copy is kept for the backward pass of all members."""
     nets, kept = ensemble(precision=precision), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -228,7 +266,7 @@ def test_the_distance_from_the_initial_weights():
     assert common.distances(moved, nets).tolist() == pytest.approx([0, 0.5, 1])
 
 
-def test_bytes_saved_for_backward_are_those_that_a_step_keeps():
+def test_bytes_saved_for_backward_are_those_that_a_step_keeps(one_thread):
     """Counted without memory, they equal those of a real forward pass."""
     c = {"depth": 16, "growth": 4, "members": 2}
     counted = make_figures.bytes_saved_for_backward(

@@ -89,7 +89,7 @@ def test_lambda_0_is_independent_training_at_lr_over_m(data):
     scores = common.Scores(4, "cpu")
     for rows in torch.arange(200).split(40):
         images, targets = data.normalise(data.train_images[rows]).double(), data.train_labels[rows]
-        common.training_step(ensemble, optimizer, scores, images, targets, 0)
+        common.training_step(ensemble, optimizer, scores, 0, images, targets)
         for network, sgd in zip(networks, alone, strict=True):
             sgd.zero_grad()
             F.cross_entropy(network(images), targets).backward()
@@ -203,12 +203,18 @@ def test_bagging_gives_each_member_its_own_bootstrap(data, bagging):
 
 # --- The training loop -------------------------------------------------------------------------
 
-def test_the_reported_epoch_is_the_first_minimum_of_validation_error(data):
-    run = a_run(lam=0.9, epochs=8, lr=4.0)
+def unlearn(monkeypatch, since):
+    """From an epoch on, the loss is climbed: the last epoch is not the best."""
+    monkeypatch.setattr(common, "rate_at", lambda s, epoch: s["lr"] * (1 if epoch < since else -1))
+
+
+def test_the_reported_epoch_is_the_first_minimum_of_validation_error(data, monkeypatch):
+    unlearn(monkeypatch, since=6)
+    run = a_run(lam=0.9, epochs=8)
     ensemble, history, epoch, test = common.train(EXPERIMENT, run, data)
     errors = [validation["ensemble_error"] for _, validation in history]
     assert len(errors) == 8 and epoch == 1 + int(np.argmin(errors))
-    assert epoch < 8, "the case worth testing: the last epoch is not the best"
+    assert epoch < 8, "the case worth testing"
     _, held_out = common.split(400, 0, 100, 300)
     there = common.evaluate(ensemble, data, data.train_images[held_out],
                             data.train_labels[held_out])
@@ -366,8 +372,72 @@ def test_the_optimizer_steps_at_the_rate_of_the_epoch(data, monkeypatch):
     assert rates == pytest.approx([0.4, 0.4, 0.04, 0.004])
 
 
-def test_without_a_validation_split_the_last_epoch_is_reported(data, tmp_path):
-    run = a_run(lam=0.9, epochs=8, lr=4.0, validation=0, train=None)
+def captures(monkeypatch, replaying=lambda work: work):
+    """Makes training on the CPU take the road of CUDA, with a stand-in for the graph alone.
+
+    `replaying` makes of the recorded call what a replay does.
+    """
+    def record(work):
+        for _ in range(4):              # the warm-up and the recording change all that a step does
+            work()
+        return replaying(work)
+
+    def stepper(run, ensemble, optimizer, scores, batches, eager=False):
+        def step(rows):
+            common.training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
+        optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        return common.captured(step, ensemble, optimizer, scores, torch.arange(batches.size))
+    monkeypatch.setattr(common, "record", record)
+    monkeypatch.setattr(common, "stepper", stepper)
+
+
+def equal(one, other):
+    """Are two results of common.train the same, but for the last places of the rate in fp32?"""
+    for p, q in zip(one[0].state_dict().values(), other[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    for epoch, other_epoch in zip(one[1], other[1], strict=True):
+        for scores, other_scores in zip(epoch, other_epoch, strict=True):
+            for key in scores:
+                assert scores[key] == pytest.approx(other_scores[key], rel=1e-3, nan_ok=True), key
+    return one[2] == other[2]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bagging": "weights"}, {"bagging": "resample"},
+                                     {"augment": True, "decay": [0.5], "weight_decay": 0.01}])
+def test_captured_steps_equal_eager_ones(data, monkeypatch, changes):
+    """A whole run: order, odd last batch, rates, momentum, scores, and the draws of each epoch."""
+    eager = common.train(EXPERIMENT, a_run(lam=0.0, **changes), data)
+    captures(monkeypatch)
+    assert equal(common.train(EXPERIMENT, a_run(lam=0.0, **changes), data), eager)
+
+
+def test_captured_steps_of_batch_norm_equal_eager_ones(colour, monkeypatch):
+    experiment, run = common.experiment_of("densenet_cifar"), small_densenet()
+    eager = common.train(experiment, run, colour)
+    captures(monkeypatch)
+    assert equal(common.train(experiment, run, colour), eager)
+
+
+@pytest.mark.parametrize("wrong", [lambda work: lambda: None,                 # nothing, or twice
+                                   lambda work: lambda: (work(), work())])
+def test_a_replay_that_is_not_the_step_is_refused(data, monkeypatch, wrong):
+    captures(monkeypatch, wrong)
+    with pytest.raises(common.Refused, match=r"differs from an eager one by .* add --eager"):
+        common.train(EXPERIMENT, a_run(), data)
+
+
+def test_a_step_that_cannot_be_captured_is_told(data, monkeypatch):
+    def record(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    captures(monkeypatch)
+    monkeypatch.setattr(common, "record", record)
+    with pytest.raises(common.Refused, match=r"capturing\): add --eager"):
+        common.train(EXPERIMENT, a_run(), data)
+
+
+def test_without_a_validation_split_the_last_epoch_is_reported(data, tmp_path, monkeypatch):
+    unlearn(monkeypatch, since=6)
+    run = a_run(lam=0.9, epochs=8, validation=0, train=None)
     result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
     history = common.load_history(tmp_path / run.path)
     assert result["epoch"] == 8 and "validation_error" not in result

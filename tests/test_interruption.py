@@ -1,0 +1,206 @@
+"""Runs that were interrupted go on from their checkpoints, and nothing damaged is believed."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import common
+import make_figures
+import robustness
+import train_densenet_cifar
+import train_mlp_fmnist
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(common.__file__).parent
+SETTINGS = {"members": 3, "seed": 0, "epochs": 5, "train": 60, "validation": 20, "test": 40,
+            "batch": 25, "augment": False, "momentum": 0.9, "nesterov": False,
+            "weight_decay": 1e-3, "decay": [0.5]}
+MLP = {"hidden": 3, "lr": 0.4}
+DENSENET = {"depth": 10, "growth": 2, "lr": 0.1, "precision": "fp32", "augment": True}
+CASES = {
+    "MLP": (train_mlp_fmnist, "joint", MLP),
+    "MLP, no momentum, no validation": (train_mlp_fmnist, "joint",
+                                        MLP | {"momentum": 0.0, "validation": 0}),
+    "bagging by weights": (train_mlp_fmnist, "bagging", MLP | {"bagging": "weights"}),
+    "DenseNet": (train_densenet_cifar, "joint", DENSENET),
+    "bagging by copies": (train_densenet_cifar, "bagging", DENSENET | {"bagging": "resample"})}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return {train_mlp_fmnist: common.synthetic(10, (1, 28, 28), 100, 40),
+            train_densenet_cifar: common.synthetic(5, (3, 16, 16), 100, 40)}
+
+
+def case(name):
+    module, method, changes = CASES[name]
+    return module, common.Run("test", module.EXPERIMENT.name, "small", method, 0.0, 0,
+                              SETTINGS | changes, weights=True)
+
+
+def do(name, data, results, end=None):
+    """Trains a run, or until an epoch `end`, at which it is interrupted."""
+    def progress(epoch, history):
+        if epoch == end:
+            raise KeyboardInterrupt
+    module, run = case(name)
+    return common.do_run(module.EXPERIMENT, run, data[module], results, progress)
+
+
+def outcome(name, results):
+    """All that a run leaves, but for its times."""
+    folder = results / case(name)[1].path
+    assert {path.name for path in folder.iterdir()} >= {"run.json", "history.npz", "weights.pt"}
+    record = common.read_run(folder)
+    arrays = common.load_history(folder) | {
+        f"weights {key}": value.numpy()
+        for key, value in common.load_weights(folder, "cpu").items()}
+    return record["result"], arrays
+
+
+def same(one, other):
+    assert one[0] == other[0] and one[1].keys() == other[1].keys()
+    for key, value in one[1].items():
+        np.testing.assert_array_equal(value, other[1][key], err_msg=key)
+    return True
+
+
+damaged = pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:len(content) // 2],
+    lambda content: content[:-1],
+    *(lambda content, at=at: content[:int(at * len(content))] + bytes([
+        content[int(at * len(content))] ^ 4]) + content[int(at * len(content)) + 1:]
+      for at in (0.0, 0.3, 0.6, 0.999))])
+
+
+@pytest.fixture
+def every_epoch(monkeypatch):
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_interrupted_twice_equals_one_that_was_not(data, tmp_path, name, every_epoch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        (folder / case(name)[1].path).mkdir(parents=True)
+    do(name, data, whole)
+    for end in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            do(name, data, parts, end)
+    seen = []
+    module, run = case(name)
+    common.do_run(module.EXPERIMENT, run, data[module], parts, lambda epoch, _: seen.append(epoch))
+    assert seen == [4, 5]                   # what was checkpointed is not done again
+    assert same(outcome(name, whole), outcome(name, parts))
+    assert not (parts / run.path / "checkpoint.pt").exists()
+
+
+def test_checkpoints_are_a_minute_apart(data, tmp_path):
+    (tmp_path / case("MLP")[1].path).mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        do("MLP", data, tmp_path, 4)
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+@damaged
+def test_a_damaged_checkpoint_is_set_aside_and_told(data, tmp_path, damage, capsys, every_epoch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        (folder / case("MLP")[1].path).mkdir(parents=True)
+    do("MLP", data, whole)
+    with pytest.raises(KeyboardInterrupt):
+        do("MLP", data, parts, 3)
+    (path,) = parts.rglob("checkpoint.pt")
+    content = damage(path.read_bytes())
+    path.write_bytes(content)
+    do("MLP", data, parts)
+    assert f"{path} is damaged: it is set aside as damaged-" in capsys.readouterr().out
+    (aside,) = path.parent.glob("damaged-*-checkpoint.pt")
+    assert aside.read_bytes() == content
+    assert same(outcome("MLP", whole), outcome("MLP", parts))
+
+
+@damaged
+@pytest.mark.parametrize("name", ["run.json", "history.npz", "weights.pt"])
+def test_a_damaged_run_is_never_drawn_and_is_done_anew(script, tmp_path, name, damage):
+    select = ("--preset", "smoke", "--only", "64x16H", "--lambdas", 0, "--trials", 1)
+    short = (*select, "--epochs", 1)
+    assert script(train_mlp_fmnist, *short)[0] == 0
+    folder = Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    content = damage(whole[name])
+    (folder / name).write_bytes(content)
+    reader = {"history.npz": (make_figures, "fig9", "--preset", "smoke"),
+              "weights.pt": (robustness, *select),
+              "run.json": (make_figures, "fig3", "--preset", "smoke")}[name]
+    status, _, err = script(*reader)
+    assert status == 2 and err.count("\n") == 1 and f"{folder / name} is damaged" in err
+    status, out, _ = script(train_mlp_fmnist, *short)
+    assert status == 0 and f"{folder}: what is damaged there is set aside as damaged-" in out
+    (aside,) = folder.glob("damaged-*")
+    assert (aside / name).read_bytes() == content
+    for other in ("history.npz", "weights.pt"):
+        assert (folder / other).read_bytes() == whole[other]
+    assert script(train_mlp_fmnist, *short)[1].count("0 to do") == 1
+
+
+def test_weights_that_are_code_are_not_run(script):
+    """With a checksum that fits, as someone who sends both can make it."""
+    select = ("--preset", "smoke", "--only", "64x16H", "--lambdas", 0, "--trials", 1)
+    assert script(train_mlp_fmnist, *select, "--epochs", 1)[0] == 0
+    folder = Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
+    record = common.read_run(folder)
+    torch.save({"hidden_weight": Malice()}, folder / "weights.pt")
+    content = (folder / "weights.pt").read_bytes()
+    record["sha256"]["weights.pt"] = hashlib.sha256(content).hexdigest()
+    (folder / "run.json").write_text(json.dumps(record | {"seal": common.seal(record)}))
+    status, _, err = script(robustness, *select)
+    assert status == 2 and "weights.pt is damaged (it holds more than weights)" in err
+
+
+def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, every_epoch, monkeypatch):
+    (tmp_path / case("MLP")[1].path).mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        do("MLP", data, tmp_path, 3)
+    monkeypatch.setitem(SETTINGS, "batch", 20)
+    with pytest.raises(common.Refused, match="batch is 25 there and 20 now"):
+        do("MLP", data, tmp_path)
+
+
+class Malice:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_a_checkpoint_is_data_and_not_code(data, tmp_path, every_epoch, monkeypatch, capsys):
+    (tmp_path / case("MLP")[1].path).mkdir(parents=True)
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: real(state | {"best": Malice()}, file))
+    with pytest.raises(KeyboardInterrupt):
+        do("MLP", data, tmp_path, 3)
+    monkeypatch.setattr(torch, "save", real)
+    do("MLP", data, tmp_path)               # it does not leave with "executed"
+    assert "checkpoint.pt is damaged: it is set aside as damaged-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number, status):
+    command = [sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke", "--only",
+               "1x1024H", "--trials", "1", "--epochs", "100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob(".lock")):
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert err.strip().startswith("stopped;") and "the same command goes on" in err
+    assert "Traceback" not in err
