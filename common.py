@@ -34,6 +34,7 @@ import os
 import pickle
 import platform
 import re
+import reprlib
 import shutil
 import signal
 import subprocess
@@ -72,7 +73,8 @@ def nearest(word, known, what):
     known = [str(k) for k in known]
     if word in known:
         return word
-    close = difflib.get_close_matches(str(word), known, 1, 0.3)
+    word = word[:100] if isinstance(word, str) else shown(word)
+    close = difflib.get_close_matches(word, known, 1, 0.3)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise Refused(f"unknown {what} '{word}': expected one of {', '.join(known)}{hint}")
 
@@ -88,8 +90,21 @@ def _all(test):
     return lambda x: isinstance(x, list) and x != [] and all(map(test, x))
 
 
-COUNT = (_is(int, 1), "a whole number of at least 1")
-COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), "a whole number of at least 1, or null for all")
+_shortener = reprlib.Repr()
+_shortener.maxlevel, _shortener.maxstring, _shortener.maxother = 2, 60, 60
+
+
+def shown(value):
+    """A value for a message: what YAML's references blow up, and long numbers, are cut short."""
+    try:
+        return _shortener.repr(value)
+    except ValueError:                          # Python prints no number of thousands of digits
+        return "a number of thousands of digits"
+
+
+MOST = 1_000_000
+COUNT = (_is(int, 1, MOST), f"a whole number from 1 to {MOST}")
+COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for all")
 RATE = (lambda x: _is((int, float), 0)(x) and 0 < x < math.inf, "a number above 0")
 FRACTION = (_is((int, float), 0, 1), "a number in [0, 1]")
 LAMBDAS = (_all(FRACTION[0]), "a list of numbers in [0, 1]")
@@ -107,7 +122,7 @@ SETTINGS = {  # what an experiment's block in presets.yaml holds, and what each 
     "dataset": (lambda x: isinstance(x, str) and x in DATASETS, "a data set of common.DATASETS"),
     "trials": COUNT, "epochs": COUNT, "batch": COUNT,
     "train": COUNT_OR_ALL, "test": COUNT_OR_ALL,
-    "validation": (_is(int, 0), "a whole number of at least 0"),
+    "validation": (_is(int, 0, MOST), f"a whole number from 0 to {MOST}"),
     "augment": SWITCH,
     "momentum": (_is((int, float), 0, 0.999999), "a number in [0, 1)"),
     "nesterov": SWITCH,
@@ -116,7 +131,7 @@ SETTINGS = {  # what an experiment's block in presets.yaml holds, and what each 
               "a list of shares of the epochs, each above 0 and below 1 (the end)"),
     "bagging": _one_of(("weights", "resample")),
     "stacking": _one_of(("validation", "training")),
-    "folds": (_is(int, 2), "a whole number of at least 2"),
+    "folds": (_is(int, 2, MOST), f"a whole number from 2 to {MOST}"),
     "penalties": (_all(RATE[0]), "a list of numbers above 0"),
     "tune": (_all(RATE[0]), "a list of numbers above 0"),
 }
@@ -134,12 +149,12 @@ ROBUSTNESS = {"repeats": COUNT}
 
 def _check(block, schema, where, optional=()):
     if not isinstance(block, dict):
-        raise Refused(f"presets.yaml: {where} is {block!r}: expected a block of settings")
+        raise Refused(f"presets.yaml: {where} is {shown(block)}: expected a block of settings")
     for key, value in block.items():
         if nearest(key, [*schema, *optional], f"key in presets.yaml, {where}") in schema:
             test, expected = schema[key]
             if not test(value):
-                raise Refused(f"presets.yaml, {where}.{key}: {value!r} is not {expected}")
+                raise Refused(f"presets.yaml, {where}.{key}: {shown(value)} is not {expected}")
     missing = [key for key in schema if key not in block]
     if missing:
         raise Refused(f"presets.yaml, {where}: {missing[0]} is missing")
@@ -148,7 +163,7 @@ def _check(block, schema, where, optional=()):
 def _merge(base, override, where):
     """`base` with the values of `override`; a key that `base` does not have is refused."""
     if not isinstance(override, dict):
-        raise Refused(f"presets.yaml: {where} is {override!r}: expected a block of settings")
+        raise Refused(f"presets.yaml: {where} is {shown(override)}: expected a block of settings")
     merged = dict(base)
     for key, value in override.items():
         nearest(key, base, f"key in presets.yaml, {where}")
@@ -161,12 +176,13 @@ def load_preset(name, path=HERE / "presets.yaml"):
     """The preset `name`: `paper` with that preset's overrides. Raises Refused on unknown keys."""
     try:
         presets = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        if not isinstance(presets, dict) or not isinstance(presets.get("paper"), dict):
+            raise Refused(f"{path.name}: expected a block `paper` that the other presets change")
+        nearest(name, presets, "preset")
+        preset = _merge(presets["paper"], presets[name], name)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: not text, or a date or a number that is none
         raise Refused(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(presets, dict) or not isinstance(presets.get("paper"), dict):
-        raise Refused(f"{path.name}: expected a block `paper` that the other presets change")
-    nearest(name, presets, "preset")
-    preset = _merge(presets["paper"], presets[name], name)
     nearest(preset.get("data"), POLICIES, f"value of {name}.data in presets.yaml")
     _check(preset.get("robustness"), ROBUSTNESS, f"{name}.robustness")
     return preset
@@ -203,10 +219,10 @@ def _change(block, change, own):
     test, expected = (SETTINGS | own)[nearest(key, [*SETTINGS, *own], "key in --set")]
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         value = math.nan
     if not test(value):
-        raise Refused(f"--set {change}: '{text}' is not {expected}")
+        raise Refused(f"--set {shown(change)}: not {expected}")
     if configuration:
         nearest(configuration, block["configurations"], "configuration in --set")
     if key in own:
@@ -1558,7 +1574,8 @@ def machine(device):
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__, "system": platform.system(), "commit": commit()}
+            "numpy": np.__version__, "system": platform.system(), "commit": commit(),
+            "deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
 @functools.cache        # of the code that runs, whatever is changed while it runs
@@ -1714,7 +1731,7 @@ def seconds_about(work, device, limit=0.5):
 def cost(experiment, run, data):
     """What a run will take, from a few of its own steps on the device at hand.
 
-    Returns seconds, bytes of its history and bytes of its weights, should they be kept.
+    Returns seconds, bytes of its history, and bytes of its weights, should they be kept.
     """
     s, device = run.settings, data.device
     ensemble, optimizer = new_ensemble(experiment, run, data)
@@ -1741,7 +1758,8 @@ def cost(experiment, run, data):
 
 
 def estimate(experiment, to_do, data):
-    """What each run will take on the device at hand: [(seconds, bytes of disk)]."""
+    """What each run will take on the device at hand: [(seconds, bytes of disk, and of a checkpoint
+    while it is trained)]."""
     known, costs = {}, []
     for run in to_do:
         kind = (run.configuration, "joint" if run.method == "independent" else run.method)
@@ -1749,19 +1767,44 @@ def estimate(experiment, to_do, data):
             with memory_told(data.device, run.label, lower_the_batch(run)):
                 known[kind] = cost(experiment, run, data)
         seconds, history, weights = known[kind]
-        costs.append((seconds, history + run.weights * weights))
+        costs.append((seconds, history + run.weights * weights, history + 3 * weights))
     return costs
 
 
 def amount(costs):
     """A sum of `estimate` in words."""
-    seconds, size = map(sum, zip(*costs, strict=True)) if costs else (0, 0)
+    seconds, size, _ = map(sum, zip(*costs, strict=True)) if costs else (0, 0, 0)
     return f"about {duration(seconds)}, {size / 1e6:.0f} MB"
+
+
+def need_room(folder, costs):
+    """Raises Refused if a folder's disk has not room for what is to be written."""
+    needed = sum(size for _, size, _ in costs) + max((part for *_, part in costs), default=0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise Refused(f"{folder} has {free / 1e6:.0f} MB free and the runs to do need about "
+                      f"{needed / 1e6:.0f} MB: make room, or name another --results folder")
 
 
 def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else (
         f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h")
+
+
+DIAGNOSIS = (3, 5)      # an epoch; a gap in points of error. Fixed before any run
+
+
+def diagnose(run, errors):
+    """The paper's early sign of over-capacity for end-to-end training (Sec. 4), as a line.
+
+    errors (M,) are the members' training errors over epoch 3: does one lead the others by far?
+    """
+    (epoch, least), (first, second) = DIAGNOSIS, 100 * np.sort(errors)[:2]
+    over = second - first >= least
+    return (f"{run.label}: over epoch {epoch} the two best members have {first:.1f} and "
+            f"{second:.1f} % training error, {second - first:.1f} points apart ("
+            f"{least} tell): {'OVER CAPACITY' if over else 'not over capacity'} for end-to-end "
+            "training, by the paper's diagnosis")
 
 
 class Progress:
@@ -1770,9 +1813,9 @@ class Progress:
     What other processes finish in the same folder counts as well.
     """
 
-    def __init__(self, runs, costs, results):
+    def __init__(self, runs, costs, results, diagnose):
         self.seconds = {run.path: cost[0] for run, cost in zip(runs, costs, strict=True)}
-        self.results = results
+        self.results, self.diagnose = results, diagnose
         self.began, self.said, self.live = time.perf_counter(), 0.0, sys.stdout.isatty()
 
     def say(self, run, part, text, living=False):
@@ -1792,6 +1835,9 @@ class Progress:
         self.said = time.perf_counter()
 
     def epoch(self, run, epoch, history):
+        if (self.diagnose and epoch == DIAGNOSIS[0] and run.lam == 1
+                and run.settings["members"] > 1):
+            print("\n" * self.live + diagnose(run, history[-1][0]["member_error"]), flush=True)
         if not self.live and time.perf_counter() - self.said < 30:
             return
         part = "validation" if run.settings["validation"] else "test"
@@ -1887,6 +1933,11 @@ def training_parser(description):
                    "I-th of N equal parts of the runs, from 0: for machines that share no folder")
     p.add_argument("--eager", action="store_true", help="on CUDA, launch every step from Python "
                    "instead of replaying one that was captured (the default there)")
+    p.add_argument("--deterministic", action="store_true", help="on CUDA, only kernels that "
+                   "give the same numbers every time (on a CPU they do in any case)")
+    p.add_argument("--diagnose", action="store_true", help="of end-to-end runs (lambda 1) say "
+                   f"after epoch {DIAGNOSIS[0]} whether the members are over capacity for that, by "
+                   "the paper's sign; nothing else changes")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)     # one of those
     p.add_argument("--fetch", action="store_true",
                    help="get the data and stop; exit status 3 if the stand-in takes its place")
@@ -1921,6 +1972,9 @@ def prepare(experiment, args):
         nearest(word, block["configurations"], "configuration")
     policy = nearest(args.data or preset["data"], POLICIES, "value of --data")
     device = choose_device(args.device)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # PyTorch asks for one of two
+        torch.use_deterministic_algorithms(True)
     for c in block["configurations"].values():
         if c.get("precision") == "auto":
             c["precision"] = "bf16" if bf16_is_fast(device) else "fp32"
@@ -1982,10 +2036,11 @@ def train_missing(experiment, runs, data, args):
             print(f"    {run.label}: {'to do' if run in to_do else 'finished'}")
         return
     make_writable(args.results)
+    need_room(args.results, costs)
     if args.jobs > 1 and to_do:
         at_once(args.jobs)
         return
-    progress = Progress(to_do, costs, args.results)
+    progress = Progress(to_do, costs, args.results, args.diagnose)
     source = {(run.configuration, run.trial): run for run in runs
               if run.method == "joint" and run.lam == 0}        # of the members that are stacked
     said = False

@@ -11,6 +11,7 @@ which, and the command that makes them.
 """
 
 import csv
+import functools
 import io
 import math
 import sys
@@ -47,12 +48,17 @@ PAPER = {"linestyle": "none", "marker": "*", "markersize": 11, "markerfacecolor"
 
 
 class Study:
-    """The runs of one preset for one figure: it finds them, and knows which are missing."""
+    """The runs of one preset: it finds those of a figure, and knows which are missing for it."""
 
     def __init__(self, results, name, drop):
         self.results, self.name, self.drop = results, name, drop
         self.preset, self.paper = common.load_preset(name), common.load_preset("paper")
         self.published = yaml.safe_load((common.HERE / "published.yaml").read_text())
+        self.whole_run = functools.cache(common.whole_run)      # every file is checked once
+        self.begin()
+
+    def begin(self):
+        """What is found from here on is for one figure."""
         self.used, self.missing = {}, {}    # folder -> run.json; (experiment, configuration, ...)
 
     def block(self, experiment, preset=None):
@@ -63,7 +69,7 @@ class Study:
     def find(self, experiment, configuration, method):
         """(run.json, folder) by trial of the finished runs of one method; notes what is missing."""
         folder = self.results / self.name / experiment / configuration / method
-        found = [(common.whole_run(path.parent), path.parent)
+        found = [(self.whole_run(path.parent), path.parent)
                  for path in sorted(folder.glob("trial*/run.json"))]
         there = {record["trial"] for record, _ in found}
         self.missing |= {(experiment, configuration, method, trial): None
@@ -169,8 +175,8 @@ class Study:
         """Only then are the paper's numbers drawn beside ours, and compared in a table."""
         return all(trained(record)["data"]["source"] == "real" for record in self.used.values())
 
-    def commands(self):
-        """What makes the missing runs."""
+    def commands(self, wanted):
+        """What makes runs (experiment, configuration, method, trial), such as the missing ones."""
         def flags(runs):
             names = dict.fromkeys(configuration for _, configuration, _, _ in runs)
             lambdas = sorted({float(method.removeprefix("joint-")) for _, _, method, _ in runs
@@ -180,8 +186,8 @@ class Study:
                 *(["--lambdas", *map(common.lambda_name, lambdas)] if lambdas else []),
                 *(["--results", str(self.results)] if self.results != Path("results") else [])])
 
-        dropping = [run for run in self.missing if run[0] != trained_in(run[0])]
-        training = [run for run in self.missing if run not in dropping]
+        dropping = [run for run in wanted if run[0] != trained_in(run[0])]
+        training = [run for run in wanted if run not in dropping]
         for experiment in dict.fromkeys(run[0] for run in training):
             runs = [run for run in training if run[0] == experiment]
             methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in runs)
@@ -455,9 +461,16 @@ def filter_montage(filters, scale):
     return tiles.clip(0, 1)
 
 
+def first_layer(folder, record):
+    """The first filters (M, F, C, 3, 3) of a trained run of ConvNets."""
+    weights = common.load_weights(folder, "cpu")
+    return torch.stack([weights[f"members.{m}.0.weight"]
+                        for m in range(record["settings"]["members"])])
+
+
 def fig5(study):
     """Fig. 5: first-layer filters of ten ConvNets, independent and end-to-end, to one scale."""
-    configuration, layer = "10xConvNet-0.29M", "members.{}.0.weight"
+    configuration = "10xConvNet-0.29M"
     sides = {"joint-0": "independent, λ = 0", "joint-1": "end-to-end, λ = 1"}
     fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.2), height_ratios=[3.4, 1], sharey="row",
                              squeeze=False)
@@ -465,9 +478,7 @@ def fig5(study):
     for method in sides:
         for record, history in study.histories("convnet_cifar", configuration, method):
             folder = study.results / study.name / "convnet_cifar" / configuration / method
-            weights = common.load_weights(folder / f"trial{record['trial']}", "cpu")
-            filters = torch.stack([weights[layer.format(m)]
-                                   for m in range(record["settings"]["members"])])
+            filters = first_layer(folder / f"trial{record['trial']}", record)
             norms = filters.flatten(1).norm(dim=1).tolist()
             own = [{"configuration": configuration, "method": method, "trial": record["trial"],
                     "member": m + 1, "filter_norm": norm, "relative_filter_norm": norm / max(norms),
@@ -778,6 +789,7 @@ def table4(study):
     for name, theirs in study.published["table4"]["rows"].items():
         c = block["configurations"][name]
         count = parameters(untrained("convnet_cifar", c)) // c["members"]
+        theirs = theirs["parameters"]
         differs = theirs != f"{count / 1e6:.2f}M"
         rows.append({"configuration": name, "filters": " ".join(map(str, c["filters"])),
                      "strides": " ".join(map(str, c["strides"])), "parameters": count,
@@ -834,7 +846,7 @@ def save_table(table, study, path):
     write_csv(path.with_suffix(".csv"), with_provenance(table.rows, provenance))
 
 
-# --- main --------------------------------------------------------------------------------------
+# --- Writing -----------------------------------------------------------------------------------
 
 
 def with_provenance(rows, provenance):
@@ -853,12 +865,12 @@ def write_csv(path, rows):
     common.write(path, lambda file: file.write(table.getvalue().encode()))
 
 
-def list_runs(results, name):
+def list_runs(study):
     """A row for every training run of a preset: what it is, what came out, on what and when."""
-    for path in sorted((results / name).glob("*/*/*/trial*/run.json")):
+    for path in sorted((study.results / study.name).glob("*/*/*/trial*/run.json")):
         record = common.read_run(path.parent)
         if not record["experiment"].startswith("robustness"):
-            yield {"run": str(path.parent.relative_to(results)), **record["result"],
+            yield {"run": str(path.parent.relative_to(study.results)), **record["result"],
                    "lr": record["settings"]["lr"], "epochs": record["settings"]["epochs"],
                    "data": record["settings"]["data"]["name"], "parameters":
                    record.get("parameters"), "seconds": record["seconds"],
@@ -887,10 +899,116 @@ def save_figure(fig, rows, study, path):
         file, format="pdf", metadata={"CreationDate": None}))
 
 
-def main():
-    every = FIGURES | TABLES
-    p = common.Parser(__doc__)
-    p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(every)}")
+@dataclass
+class Made:
+    """What became of a figure or table, and what it was made from."""
+    state: str            # complete | incomplete | NOT DRAWN
+    table: object         # the Table, of a table
+    used: dict            # folder -> run.json
+    missing: dict         # (experiment, configuration, method, trial), as keys
+    provenance: str
+
+
+def make(study, name, folder):
+    """Draws a figure or writes a table into a folder, and says what it was made from."""
+    study.begin()
+    other = name in ("fig7", "fig8") and study.drop != "example"
+    path, table = folder / (f"{name}-{study.drop}" if other else name), None
+    if name in TABLES:
+        table = TABLES[name](study)
+        possible = study.used or not study.missing              # three tables need no runs
+        if possible:
+            save_table(table, study, path)
+    else:
+        fig, rows = FIGURES[name](study)
+        possible = study.used
+        if possible:
+            save_figure(fig, rows, study, path)
+        plt.close(fig)
+    state = ("incomplete" if study.missing else "complete") if possible else "NOT DRAWN"
+    print(f"{name}: {state}" + (f", {path}{'.md, .tex' if table else '.pdf, .png'}, .csv"
+                               if possible else ""), flush=True)
+    if not possible and path.with_suffix(".csv").exists():
+        print(f"  {path}.csv is of an earlier drawing")
+    if study.missing:
+        print(f"  {len(study.missing)} runs are missing:")
+        print(*(f"    {line}" for line in study.what_is_missing()), sep="\n")
+        print("  to make them:")
+        print(*(f"    {command}" for command in study.commands(study.missing)), sep="\n")
+    return Made(state, table, study.used, study.missing, study.provenance())
+
+
+def finish(study, made, folder):
+    """Writes runs.csv, and says in a line which figures and tables are complete."""
+    if runs := list(list_runs(study)):
+        common.make_writable(folder)
+        write_csv(folder / "runs.csv", runs)
+        print(f"all {len(runs)} training runs, a line each: {folder / 'runs.csv'}")
+    by_state = {state: [name for name, one in made.items() if one.state == state]
+                for state in ("complete", "incomplete", "NOT DRAWN")}
+    print("figures: " + "; ".join(f"{state}: {' '.join(names)}"
+                                  for state, names in by_state.items() if names))
+
+
+# --- Comparing -----------------------------------------------------------------------------------
+
+KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss")
+TOLERANCES = {      # how far numbers of two runs of one preset may lie apart: absolute, relative
+    **dict.fromkeys(("n", "diverged", "depth", "k", "M", "modules", "parameters",
+                     "bytes_saved_for_backward"), (0, 0)),
+    **dict.fromkeys(("test_error_percent", "validation_error_percent"), (3, 0)),
+    "error_percent": (10, 0), "cross_entropy": (0, 0.15),
+    **dict.fromkeys(("filter_norm", "relative_distance_from_initial_weights"), (0, 0.15))}
+
+
+def compare(ours, theirs, wanted):
+    """Says for each number in the CSV files of a folder whether ours is within its tolerance.
+
+    Returns an exit status: 0 if all are.
+    """
+    if not theirs.is_dir():
+        raise common.Refused(f"--compare {theirs} is not a folder: expected one with the CSV files "
+                             "of figures, such as expected/quick")
+    total = near = 0
+    for path in (path for name in wanted for path in sorted(theirs.glob(f"{name}*.csv"))):
+        if not (ours / path.name).is_file():
+            raise common.Refused(f"{ours / path.name} is not there: draw it first, with `python "
+                                 f"make_figures.py --preset {ours.name}`")
+        rows = {keys_of(row): row for row in read_csv(ours / path.name)}
+        apart = []
+        for expected in read_csv(path):
+            row = rows.get(keys_of(expected), {})
+            for column in expected.keys() & TOLERANCES.keys():
+                absolute, relative = TOLERANCES[column]
+                theirs_is, ours_is = (float(one.get(column) or "nan") for one in (expected, row))
+                within = abs(ours_is - theirs_is) <= absolute + relative * abs(theirs_is) or (
+                    math.isnan(ours_is) and math.isnan(theirs_is))
+                total, near = total + 1, near + within
+                if not within:
+                    apart.append(f"    {' '.join(filter(None, keys_of(expected)))}: {column} "
+                                 f"{ours_is:.6g}, expected {theirs_is:.6g} within "
+                                 f"{absolute + relative * abs(theirs_is):.2g}")
+        print(f"{path.name}: " + (f"{len(apart)} numbers are apart" if apart else "all within"))
+        print(*apart[:10], *(["    ..."] if len(apart) > 10 else []), sep="\n", end="\n" * bool(
+            apart))
+    print(f"{near} of {total} numbers are within their tolerances of {theirs}")
+    return 0 if near == total else 1
+
+
+def keys_of(row):
+    return tuple(row.get(key, "") for key in KEYS)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- main ----------------------------------------------------------------------------------------
+
+def parser(description):
+    """The flags of what reads run folders."""
+    p = common.Parser(description)
     p.add_argument("--preset", help="the preset whose runs to draw (default: the driver's rule)")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
                    help="where run folders are (default: results)")
@@ -898,43 +1016,30 @@ def main():
                    help="where the figures go (default: figures)")
     p.add_argument("--drop", default="example", metavar="HOW",
                    help="draw Figs 7 and 8 from robustness.py --drop HOW (default: example)")
-    args = p.parse_args()
+    return p
+
+
+def open_study(args):
+    """The Study that the command line names, and the folder of its figures."""
     name = common.choose_preset(args.preset)
-    wanted = [common.nearest(figure, every, "figure or table") for figure in args.figures or every]
     common.nearest(args.drop, common.DROPS, "value of --drop")
-    folder, made = args.figures_dir / name, {"complete": [], "incomplete": [], "NOT DRAWN": []}
-    for figure in wanted:
-        study = Study(args.results, name, args.drop)
-        other = figure in ("fig7", "fig8") and args.drop != "example"
-        path = folder / (f"{figure}-{args.drop}" if other else figure)
-        if figure in TABLES:
-            table, kinds = TABLES[figure](study), ".md, .tex, .csv"
-            possible = study.used or not study.missing          # three tables need no runs
-            if possible:
-                save_table(table, study, path)
-        else:
-            (fig, rows), kinds = FIGURES[figure](study), ".pdf, .png, .csv"
-            possible = study.used
-            if possible:
-                save_figure(fig, rows, study, path)
-            plt.close(fig)
-        state = ("incomplete" if study.missing else "complete") if possible else "NOT DRAWN"
-        made[state].append(figure)
-        print(f"{figure}: {state}" + (f", {path}{kinds}" if possible else ""))
-        if not possible and path.with_suffix(".csv").exists():
-            print(f"  {path}.csv is of an earlier drawing")
-        if study.missing:
-            print(f"  {len(study.missing)} runs are missing:")
-            print(*(f"    {line}" for line in study.what_is_missing()), sep="\n")
-            print("  to make them:")
-            print(*(f"    {command}" for command in study.commands()), sep="\n")
-    if runs := list(list_runs(args.results, name)):
-        common.make_writable(folder)
-        write_csv(folder / "runs.csv", runs)
-        print(f"all {len(runs)} training runs, a line each: {folder / 'runs.csv'}")
-    print("figures: " + "; ".join(f"{state}: {' '.join(which)}" for state, which in made.items()
-                                  if which))
-    sys.exit(1 if made["NOT DRAWN"] else 0)
+    return Study(args.results, name, args.drop), args.figures_dir / name
+
+
+def main():
+    every = FIGURES | TABLES
+    p = parser(__doc__)
+    p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(every)}")
+    p.add_argument("--compare", type=Path, metavar="DIR", help="draw nothing: compare the CSV "
+                   "files of the figures with those in DIR, number by number")
+    args = p.parse_args()
+    wanted = [common.nearest(figure, every, "figure or table") for figure in args.figures or every]
+    study, folder = open_study(args)
+    if args.compare:
+        sys.exit(compare(folder, args.compare, wanted))
+    made = {name: make(study, name, folder) for name in dict.fromkeys(wanted)}
+    finish(study, made, folder)
+    sys.exit(1 if any(one.state == "NOT DRAWN" for one in made.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 #   bash run_all.sh test                                    the tests
 #
 # Options, with the same meaning as in the scripts: --data real|auto|synthetic, --data-dir DIR,
-# --results DIR, --figures-dir DIR, --device auto|cpu|cuda, --seed N, --eager. With --data folder, DIR
-# holds images that take the place of CIFAR-100, and Fashion-MNIST is found as without it.
+# --results DIR, --figures-dir DIR, --device auto|cpu|cuda, --seed N, --eager, --deterministic,
+# --diagnose. With --data folder, DIR holds images that take the place of CIFAR-100, and Fashion-MNIST
+# is found as without it.
 #
 # As a task of a SLURM array it trains its part of the runs and draws nothing:
 #   sbatch --array=0-31 run_all.sh paper
@@ -23,8 +24,8 @@ cd "$here" || exit 2
 what="" device=auto data="" dir=() train=() drop=() draw=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
-    --eager) train+=("$1"); shift ;;
+    -h|--help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    --eager|--deterministic|--diagnose) train+=("$1"); shift ;;
     -*)
       [ $# -ge 2 ] || refuse "$1: a value was expected after it"
       value=$2
@@ -166,7 +167,7 @@ stage "DenseNets on CIFAR-100" densenet
 stage "ConvNets on CIFAR-100" convnet
 if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   stage "robustness" "$python" robustness.py --preset "$what" --only 64x16H 256x4H "${drop[@]}"
-  stage "figures" "$python" make_figures.py --preset "$what" "${draw[@]}"
+  stage "figures and verdicts" "$python" claims.py --preset "$what" "${draw[@]}"
 fi
 
 echo

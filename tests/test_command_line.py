@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -310,3 +312,109 @@ def test_tuning_prints_rates_as_presets_take_them(script):
         tried.setdefault(record["lambda"], {})[record["settings"]["lr"]] = \
             record["result"]["validation_error"]
     assert len(tried[0]) == 4 and all(rates[x] == min(tried[x], key=tried[x].get) for x in tried)
+
+
+def test_the_diagnosis_is_told_after_epoch_3_of_end_to_end_runs(script):
+    select = ("--preset", "smoke", "--only", "1x1024H", "16x64H", "--lambdas", 0, 1, "--trials", 1)
+    status, out, _ = script(train_mlp_fmnist, *select, "--diagnose")
+    told = re.findall(
+        r"(.+): over epoch 3 the two best members have ([\d.]+) and ([\d.]+) % training error, "
+        r"([\d.]+) points apart \(5 tell\): (OVER CAPACITY|not over capacity)", out)
+    (run, best, second, gap, verdict), = told
+    assert status == 0 and run == "16x64H lambda 1 trial 0"
+    history = common.load_history(Path("results/smoke/mlp_fmnist/16x64H/joint-1/trial0"))
+    expected = 100 * np.sort(history["train_member_error"][2])[:2]
+    assert [float(best), float(second)] == pytest.approx(expected, abs=0.051)
+    assert (verdict == "OVER CAPACITY") == (float(gap) >= 5)
+
+
+@pytest.mark.parametrize("errors, over", [([0.1, 0.15, 0.9], True), ([0.9, 0.149, 0.1], False)])
+def test_the_diagnosis_is_the_gap_between_the_two_best(errors, over):
+    run = common.Run("p", "e", "c", "joint", 1.0, 0, {}, weights=False)
+    assert ("OVER CAPACITY" in common.diagnose(run, np.array(errors))) == over
+
+
+# --- A fuzz: whatever is written, a valid study or one line ---------------------------------------
+
+NONSENSE = ["[]", "{}", "-1", "0", "1.5", "1e400", ".nan", ".inf", "-.inf", "null", "true", "''",
+            "text", "'12'", "[1, 2]", "[[]]", "{a: 1}", "99999999999999999999", "0x" + "f" * 9000,
+            "9" * 9000, "2024-99-99", "!!python/object/apply:os.system [exit 3]", "!!binary x",
+            "&a [*a]", "*nothing", "[" * 2000, "\t", "{{", "é\u0000", "!!set {a}", "? [a]"]
+BOMB = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9 if i else ['x'] * 9)}]\n"
+               for i in range(30))
+
+
+def read_as_a_study(folder, text):
+    """What a script does with presets.yaml before it trains: the runs, or Refused."""
+    path = folder / "presets.yaml"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    preset = common.load_preset("smoke", path)
+    for module in (train_mlp_fmnist, train_densenet_cifar, train_convnet_cifar):
+        block = common.experiment_settings(preset, "smoke", module.EXPERIMENT)
+        assert common.list_runs("smoke", module.EXPERIMENT, block, {})
+
+
+def test_a_fuzz_of_presets(tmp_path):
+    """The values of presets.yaml, one at a time, replaced by nonsense, removed or doubled."""
+    lines = (ROOT / "presets.yaml").read_text().split("\n")
+    at = [i for i, line in enumerate(lines) if re.match(r" +[\w.]+: \S", line)]
+    draw, refused = random.Random(0), 0
+    for i in [*at, *(i for i in at if " data: " in lines[i])]:
+        key, value = re.match(r"( +[\w.]+: )(.*)", lines[i]).groups()
+        inner = re.sub(r"(\w+: )[^,}\[]+", rf"\g<1>{draw.choice(NONSENSE[:18])}", value, count=1)
+        line = draw.choice([key + draw.choice(NONSENSE), key + inner, "", key + "*b29",
+                            f"{lines[i]}\n{lines[i]}", f" {lines[i]}"])
+        head = [BOMB] if "*b29" in line else []
+        try:
+            read_as_a_study(tmp_path, "\n".join([*head, *lines[:i], line, *lines[i + 1:]]))
+        except common.Refused as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 1000, line
+    assert refused > len(at) / 3
+
+
+@pytest.mark.parametrize("key", ["data", "mlp_fmnist", "robustness"])
+def test_a_bomb_in_presets(tmp_path, key):
+    """Nine references to nine references to ...: written out, it would fill any memory."""
+    with pytest.raises(common.Refused, match=r"^[^\n]{10,1000}$"):
+        read_as_a_study(tmp_path, f"{BOMB}paper: &p {{{key}: *b29}}\nsmoke: {{}}")
+
+
+@pytest.mark.parametrize("text", ["", "- a", "paper: 3", "paper: &p {mlp_fmnist: *p}\nsmoke: *p",
+                                  "\ud800", "smoke: {}", "[" * 100_000, *NONSENSE])
+def test_presets_of_another_form(tmp_path, text):
+    with pytest.raises(common.Refused, match=r"^[^\n]{10,1000}$"):
+        read_as_a_study(tmp_path, text)
+
+
+FLAGS = ("--preset", "--only", "--lambdas", "--trials", "--data-dir", "--device", "--seed",
+         "--methods", "--epochs", "--data", "--set", "--jobs", "--shard", "--results")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_fuzz_of_the_command_line(script, flag):
+    """Nonsense after a flag is refused in a line, and nothing is written; no value is refused too.
+    """
+    words = [w for w in NONSENSE if "\0" not in w] if flag != "--results" else ["/dev/null/x"]
+    if flag == "--data-dir":
+        words = [w for w in words if w != "''"]
+    for word in ["", *words]:
+        arguments = ["--preset", "smoke", "--dry-run" if flag != "--results" else "--eager"]
+        arguments += [flag] if word == "" else [flag, word]
+        if word in ("0", "1.5", "1e400") and flag in ("--seed", "--lambdas", "--data-dir"):
+            continue                                        # (some are sensible there)
+        status, _, err = script(train_mlp_fmnist, *arguments)
+        assert status == 2 and err.startswith("error: "), (arguments, err)
+        assert err.count("\n") == 1 and len(err) < 20_000, arguments
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("key", [*common.SETTINGS, *common.CONFIGURATION, "hidden", "256x4H.lr"])
+def test_a_fuzz_of_set(key):
+    preset = common.load_preset("smoke")
+    for word in NONSENSE:
+        try:
+            common.experiment_settings(preset, "smoke", train_mlp_fmnist.EXPERIMENT,
+                                       [f"{key}={word}"])
+        except common.Refused as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000

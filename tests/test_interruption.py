@@ -1,7 +1,11 @@
 """Runs that were interrupted go on from their checkpoints, and nothing damaged is believed."""
 
+import collections
 import hashlib
 import json
+import multiprocessing
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +15,7 @@ from pathlib import Path
 import common
 import make_figures
 import robustness
+import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
 
@@ -204,3 +209,146 @@ def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number, status):
     assert process.returncode == status
     assert err.strip().startswith("stopped;") and "the same command goes on" in err
     assert "Traceback" not in err
+
+
+# --- A whole study, killed again and again --------------------------------------------------------
+
+STUDY = {train_mlp_fmnist: ["--only", "256x4H", "--lambdas", "1", "--methods", "joint", "bagging",
+                             "--epochs", "6"],
+         train_densenet_cifar: ["--only", "DN-High", "--methods", "bagging", "stacking"]}
+
+
+def do_study(folder):
+    """The commands of STUDY in a folder, in a process that has all imported."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    common.CHECKPOINT_SECONDS = 0
+    common.estimate = lambda experiment, runs, data: [(1, 1, 1)] * len(runs)    # and begin at once
+    for module, arguments in STUDY.items():
+        sys.argv = [module.__file__, "--preset", "smoke", "--trials", "1", *arguments]
+        common.command_line(module.main)
+
+
+def test_a_study_killed_at_twenty_moments_equals_one_that_was_not(tmp_path, monkeypatch):
+    """kill -9, and the same command again; when a study comes to its end, another one begins."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))     # of the server, which imports
+    context = multiprocessing.get_context("forkserver")             # torch once for all processes
+    context.set_forkserver_preload([__name__])
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        process = context.Process(target=do_study, args=(folder,))
+        process.start()
+        return process
+
+    def outcomes(folder):
+        """What came out of each run, and the checksums of its files."""
+        rows = {}
+        for path in sorted(folder.rglob("run.json")):
+            record = common.whole_run(path.parent)
+            rows[str(path.parent.relative_to(folder))] = record["result"], record["sha256"]
+        return rows
+
+    whole = start(tmp_path / "whole")
+    began = time.perf_counter()
+    whole.join()
+    took = time.perf_counter() - began
+    assert whole.exitcode == 0
+    expected = outcomes(tmp_path / "whole")
+    assert len(expected) == 5
+    moments, kills, studies, states = random.Random(0), 0, 0, collections.Counter()
+    while kills < 20:
+        studies += 1
+        folder = tmp_path / f"study{studies}"
+        while True:
+            process = start(folder)
+            process.join(moments.uniform(0, took / 3) if kills < 20 else None)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            states[len(list(folder.rglob("checkpoint.pt"))), len(list(folder.rglob(".*")))] += 1
+        assert process.exitcode == 0
+        assert outcomes(folder) == expected
+        assert not [path for path in folder.rglob("*") if path.name.startswith("damaged-")
+                    or path.name == "checkpoint.pt"]
+    assert len(states) > 1, "killed always in the same state"
+
+
+# --- Disks ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A file system of its own: mounted(options) -> its folder. Root is needed for that."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+                              capture_output=True, text=True)
+        if done.returncode:
+            assert not os.environ.get("CI"), done.stderr
+            pytest.skip(f"no file system can be mounted here: {done.stderr}")
+        return folder
+    yield mount
+    subprocess.run(["umount", folder], check=False, capture_output=True)
+
+
+TINY = ("--preset", "smoke", "--only", "256x4H", "--lambdas", 0, "--trials", 1, "--epochs", 2)
+
+
+def test_a_disk_that_gets_full_loses_nothing_and_goes_on_when_there_is_room(script, mounted,
+                                                                            monkeypatch):
+    disk = mounted("size=5m")
+    command = (*TINY, "--results", disk)
+    monkeypatch.setattr(common, "need_room", lambda folder, costs: None)    # it fills up meanwhile
+    (disk / "others").write_bytes(bytes(3_000_000))
+    status, _, err = script(train_mlp_fmnist, *command)
+    assert status == 2 and err.count("\n") == 1
+    assert "weights.pt cannot be written: No space left on device" in err
+    assert not list(disk.rglob("*weights.pt*")) and not list(disk.rglob("run.json"))
+    (disk / "others").unlink()
+    assert script(train_mlp_fmnist, *command)[0] == 0
+    assert len(list(disk.rglob("run.json"))) == 1
+
+
+def test_a_disk_without_room_for_the_plan_is_told_before_anything_is_done(script, mounted):
+    disk = mounted("size=5m")
+    status, _, err = script(train_mlp_fmnist, *TINY, "--results", disk)
+    assert status == 2 and err.count("\n") == 1
+    assert "MB free and the runs to do need about 13 MB: make room" in err
+    assert not list(disk.iterdir())
+
+
+def test_a_folder_that_is_read_only_is_told(script, mounted):
+    disk = mounted("ro")
+    for module in (train_mlp_fmnist, make_figures):
+        flags = (*TINY, "--results", disk) if module is train_mlp_fmnist else (
+            "table3", "--preset", "smoke", "--figures-dir", disk)
+        status, _, err = script(module, *flags)
+        assert status == 2 and err.count("\n") == 1
+        assert str(disk) in err and "cannot be written: Read-only file system" in err
+
+
+# --- The same numbers every time -----------------------------------------------------------------
+
+def test_deterministic_algorithms_are_enough_for_every_network(script):
+    """None is missing, which would raise an error; on the CPU nothing changes by them."""
+    select = ("--preset", "smoke", "--trials", 1, "--epochs", 1, "--methods", "joint", "bagging",
+              "--lambdas", 0.5)
+    for flags in ((), ("--deterministic",)):
+        try:
+            for module, only in ((train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"),
+                                 (train_convnet_cifar, "ConvNet-0.07M")):
+                assert script(module, *select, "--only", only, "--results", f"results{len(flags)}",
+                              *flags)[0] == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+    plain, other = ({path.parent.relative_to(folder): common.read_run(path.parent)
+                     for path in Path(folder).rglob("run.json")}
+                    for folder in ("results0", "results1"))
+    assert len(plain) == len(other) == 6
+    for path, record in plain.items():
+        assert record["sha256"] == other[path]["sha256"], path
+        assert not record["machine"]["deterministic"] and other[path]["machine"]["deterministic"]

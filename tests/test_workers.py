@@ -1,5 +1,6 @@
 """Several processes at one study."""
 
+import concurrent.futures
 import fcntl
 import os
 import re
@@ -30,6 +31,13 @@ def arrays(results):
             for path in sorted(results.rglob("history.npz"))}
 
 
+def same(one, other):
+    assert one.keys() == other.keys() and len(one) == 4
+    for path, values in one.items():
+        for key, value in values.items():
+            np.testing.assert_array_equal(value, other[path][key], err_msg=f"{path} {key}")
+
+
 def test_runs_at_once_equal_runs_one_after_the_other(tmp_path):
     """At the same thread count, to the bit, each trained once; stacking waits for its members."""
     for name, more, threads in (("one", (), 1), ("two", ("--jobs", "2"), 2)):
@@ -40,11 +48,7 @@ def test_runs_at_once_equal_runs_one_after_the_other(tmp_path):
         finished = re.findall(r"\] (.+): test error", done.stdout)
         assert sorted(finished) == ["1x1024H lambda 1 trial 0", "256x4H lambda 0 trial 0",
                                     "256x4H lambda 1 trial 0", "256x4H stacking trial 0"]
-    one, two = (arrays(tmp_path / name / "results") for name in ("one", "two"))
-    assert one.keys() == two.keys() and len(one) == 4
-    for path, values in one.items():
-        for key, value in values.items():
-            np.testing.assert_array_equal(value, two[path][key], err_msg=f"{path} {key}")
+    same(*(arrays(tmp_path / name / "results") for name in ("one", "two")))
     record = common.read_run(tmp_path / "two/results/smoke/mlp_fmnist/1x1024H/joint-1/trial0")
     assert record["machine"]["threads"] == 1
 
@@ -78,6 +82,18 @@ def test_a_killed_process_leaves_its_run_to_the_others(tmp_path):
     began.communicate()
     assert command(tmp_path).returncode == 0
     assert len(list(tmp_path.rglob("run.json"))) == 4
+
+
+def test_four_processes_at_one_folder_train_each_run_once(tmp_path):
+    (tmp_path / "alone").mkdir()
+    assert command(tmp_path / "alone").returncode == 0
+    (tmp_path / "four").mkdir()
+    with concurrent.futures.ThreadPoolExecutor(4) as four:
+        done = list(four.map(lambda _: command(tmp_path / "four"), range(4)))
+    assert [one.returncode for one in done] == [0] * 4, done
+    trained = re.findall(r"\] (.+): test error", "".join(one.stdout for one in done))
+    assert sorted(trained) == sorted(set(trained)) and len(trained) == 4
+    same(arrays(tmp_path / "alone/results"), arrays(tmp_path / "four/results"))
 
 
 def test_a_worker_that_fails_is_told(tmp_path):
