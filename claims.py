@@ -470,16 +470,13 @@ class Claim:
     on: str               # what it was measured on, if that is not what the paper has
 
 
-def judge(study):
-    """Every claim of published.yaml against the runs of a study."""
-    claims = []
-    for name, printed in study.published["claims"].items():
-        study.begin()
-        parts = list(DECIDED_BY[name](Runs(study)))
-        verdict = combined(parts)
-        on = "" if verdict == NOT_RUN else measured_on(study)
-        claims.append(Claim(name, printed["where"], printed["claim"], parts, verdict, on))
-    return claims
+def judge(study, name):
+    """One claim of published.yaml against the runs of a study."""
+    study.begin()
+    parts = list(DECIDED_BY[name](Runs(study)))
+    verdict, printed = combined(parts), study.published["claims"][name]
+    return Claim(name, printed["where"], printed["claim"], parts, verdict,
+                 "" if verdict == NOT_RUN else measured_on(study))
 
 
 def measured_on(study):
@@ -503,7 +500,7 @@ def is_reduced(study, record):
 
 # --- The numbers that the paper prints -----------------------------------------------------------
 
-def printed_numbers(study):
+def printed_numbers(study, made):
     """Rows [what, paper, here, difference, verdict] of every number that the paper prints."""
     runs, published = Runs(study), study.published
     study.begin()
@@ -514,14 +511,13 @@ def printed_numbers(study):
                 what = (f"{figure.capitalize()}: {configuration} "
                         f"{method.replace('joint-', 'λ = ')}, test error (%)")
                 yield [what, str(theirs), *compared(values, theirs, study)]
-    for table, experiment in (("table1", DENSENET), ("table4", CONVNET)):
-        block = study.block(experiment, study.paper)["configurations"]
+    for table in ("table1", "table4"):
+        counts = {row["configuration"]: row["parameters"] for row in made[table].table.rows}
         for name, row in published[table]["rows"].items():
-            count = make_figures.parameters(make_figures.untrained(experiment, block[name]))
-            count //= block[name]["members"] if table == "table4" else 1
-            digits = len(row["parameters"].rstrip("M").split(".")[1])
-            yield [f"{table.capitalize()}: {name}, parameters", row["parameters"], f"{count:,}", "",
-                   "agrees" if f"{count / 1e6:.{digits}f}M" == row["parameters"] else "differs"]
+            theirs = row["parameters"]
+            digits = len(theirs.rstrip("M").split(".")[1])
+            yield [f"{table.capitalize()}: {name}, parameters", theirs, f"{counts[name]:,}", "",
+                   "agrees" if f"{counts[name] / 1e6:.{digits}f}M" == theirs else "differs"]
 
 
 def compared(values, theirs, study):
@@ -592,7 +588,7 @@ def report(study, claims, made):
     yield __doc__.split("\n\n")[-1].replace("\n", " ").strip()
     yield "In brackets: the 95 % interval of the mean over n trials; points are per cent of error."
     yield "## The numbers that the paper prints"
-    yield table(["what", "paper", "here", "difference", "verdict"], list(printed_numbers(study)))
+    yield table(["what", "paper", "here", "difference", "verdict"], list(printed_numbers(study, made)))
     yield ("A number agrees if it lies in the 95 % interval of ours (n of at least 3); a count, if "
            "ours rounds to it. A claim may hold where its numbers differ.")
     yield "## Figures and tables"
@@ -648,7 +644,7 @@ def figure_section(study, claims, name, one):
                + " ".join(f"{line}." for line in one.provenance.split("\n")))
     runs = [(r["experiment"], r["configuration"], joint(r["lambda"]) if r["method"] == "joint" else
              r["method"], r["trial"]) for r in one.used.values()]
-    commands = [*study.commands([*runs, *one.missing]),
+    commands = [*study.commands([*runs, *one.missing], one.used),
                 f"python make_figures.py {name} --preset {study.name}"]
     yield "\n".join(f"    {command}" for command in commands)
 
@@ -735,7 +731,7 @@ def main():
     made = {name: make_figures.make(study, name, folder)
             for name in make_figures.FIGURES | make_figures.TABLES}
     make_figures.finish(study, made, folder)
-    claims = judge(study)
+    claims = [judge(study, name) for name in study.published["claims"]]
     blocks = list(report(study, claims, made))
     common.make_writable(folder)
     for name, text in (("report.md", "\n\n".join(blocks) + "\n"),

@@ -175,8 +175,8 @@ class Study:
         """Only then are the paper's numbers drawn beside ours, and compared in a table."""
         return all(trained(record)["data"]["source"] == "real" for record in self.used.values())
 
-    def commands(self, wanted):
-        """What makes runs (experiment, configuration, method, trial), such as the missing ones."""
+    def commands(self, wanted, used):
+        """What makes the runs `wanted`, keys as in `missing`, on the data of those in use."""
         def flags(runs):
             names = dict.fromkeys(configuration for _, configuration, _, _ in runs)
             lambdas = sorted({float(method.removeprefix("joint-")) for _, _, method, _ in runs
@@ -191,7 +191,7 @@ class Study:
         for experiment in dict.fromkeys(run[0] for run in training):
             runs = [run for run in training if run[0] == experiment]
             methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in runs)
-            record = next((record for record in self.used.values()
+            record = next((record for record in used.values()
                            if trained_in(record["experiment"]) == experiment), None)
             source = trained(record)["data"]["source"] if record else "real"
             yield (f"python train_{experiment}.py {flags(runs)} --methods {' '.join(methods)}"
@@ -934,7 +934,8 @@ def make(study, name, folder):
         print(f"  {len(study.missing)} runs are missing:")
         print(*(f"    {line}" for line in study.what_is_missing()), sep="\n")
         print("  to make them:")
-        print(*(f"    {command}" for command in study.commands(study.missing)), sep="\n")
+        print(*(f"    {command}" for command in study.commands(study.missing, study.used)),
+              sep="\n")
     return Made(state, table, study.used, study.missing, study.provenance())
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import claims
 import common
 import make_figures
 import robustness
@@ -23,7 +24,8 @@ README = (ROOT / "README.md").read_text()
 TRAINING = {"train_mlp_fmnist.py": train_mlp_fmnist,
             "train_densenet_cifar.py": train_densenet_cifar,
             "train_convnet_cifar.py": train_convnet_cifar}
-SCRIPTS = TRAINING | {"robustness.py": robustness, "make_figures.py": make_figures}
+SCRIPTS = TRAINING | {"robustness.py": robustness, "make_figures.py": make_figures,
+                      "claims.py": claims}
 COMMANDS = sorted(set(re.findall(r"`python (\w+\.py[^`]*)`", README)))
 
 
@@ -32,7 +34,8 @@ def test_commands_are_understood(script, command):
     name, *arguments = shlex.split(command)
     plan = ["--dry-run"] if name in TRAINING else []
     status, out, err = script(SCRIPTS[name], *arguments, *plan)
-    said = {"robustness.py": "no trained weights", "make_figures.py": "NOT DRAWN"}
+    said = {"robustness.py": "no trained weights", "make_figures.py": "NOT DRAWN",
+            "claims.py": "NOT DRAWN"}
     said = "to do" if name in TRAINING else said[name]
     if set(arguments) & {"table1", "table3"}:                   # which need no runs
         said = f"figures: complete: {arguments[0]}"

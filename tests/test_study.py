@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import claims
 import common
 import make_figures
 import train_convnet_cifar
@@ -60,7 +62,7 @@ def table(folder, figure):
 def test_every_promised_file_is_there(study):
     figures = study / "figures" / "smoke"
     assert sorted(p.name for p in figures.iterdir()) == sorted(
-        ["runs.csv", "tables.tex", "fig6-dominance.csv",
+        ["report.html", "report.md", "runs.csv", "tables.tex", "fig6-dominance.csv",
          *(f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png")),
          *(f"{table}.{kind}" for table in TABLES for kind in ("csv", "md", "tex"))])
     assert len(table(study, "runs")) == sum(TRAINING.values())
@@ -104,6 +106,50 @@ def test_the_output_says_what_was_chosen_planned_and_made(study):
     for name in TABLES:
         assert f"{name}: complete, {study}/figures/smoke/{name}.md, .tex, .csv" in lines
     assert f"figures: complete: {' '.join(FIGURES + TABLES)}" in lines
+    claimed = lines.split("The paper's claims, on these runs:\n")[1].splitlines()
+    assert [line.split()[0] for line in claimed[:21]] == list(claims.DECIDED_BY)
+    exact = {f"C{i}" for i in range(15, 21)}
+    for line in claimed[:21]:           # two trials decide nothing but what can be computed
+        name, verdict = line.split()[:2]
+        assert verdict == ("holds" if name in exact else "undecided"), line
+        assert ("(on synthetic data, on reduced runs)" in line) == (name not in exact)
+    assert claimed[21:23] == ["21 claims: 6 hold, 15 are undecided",
+                              f"report: {study}/figures/smoke/report.html"]
+
+
+def test_the_report_has_every_figure_and_is_one_page(study):
+    folder = study / "figures" / "smoke"
+    page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert page.count('src="data:image/png;base64,') == len(FIGURES) == page.count('<img alt="Fig')
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)         # nothing is fetched
+    assert page.count("<table>") == text.count("\n|---") + text.count("\n| ---") >= 8
+    for figure in FIGURES:
+        assert f"]({figure}.png)" in text and (folder / f"{figure}.png").is_file()
+    for run in ("python train_densenet_cifar.py --preset smoke --only DN-Low DN-Mid DN-High "
+                "--lambdas 0 0.5 0.9 1", "python make_figures.py fig9 --preset smoke"):
+        assert run in text
+    assert "SYNTHETIC STAND-IN DATA" in text and "| open question |" in text
+
+
+def test_comparing_with_what_was_expected(study, script, tmp_path):
+    flags = ("--preset", "smoke", "--figures-dir", study / "figures", "--compare")
+    expected = tmp_path / "expected"
+    shutil.copytree(study / "figures" / "smoke", expected)
+    status, out, _ = script(make_figures, *flags, expected)
+    numbers, total = re.search(r"(\d+) of (\d+) numbers are within", out).groups()
+    assert status == 0 and numbers == total and int(total) > 1000 and "fig4.csv: all within" in out
+    text = (expected / "fig2.csv").read_text().splitlines()
+    row = text[3].split(",")
+    row[4] = f"{float(row[4]) - 4}"
+    (expected / "fig2.csv").write_text("\n".join([*text[:3], ",".join(row), *text[4:]]))
+    status, out, _ = script(make_figures, "fig2", "fig3", *flags, expected)
+    assert status == 1 and "fig2.csv: 1 numbers are apart\n    256x4H joint-0: test_error" in out
+    assert "fig3.csv: all within" in out
+    for wrong, words in ((tmp_path / "nothing", "is not a folder"),):
+        status, _, err = script(make_figures, *flags, wrong)
+        assert status == 2 and err.count("\n") == 1 and words in err
+    status, _, err = script(make_figures, "--preset", "smoke", "--compare", expected)
+    assert status == 2 and "is not there: draw it first" in err
 
 
 def test_a_run_says_all_that_decided_its_numbers(study):
@@ -357,11 +403,11 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     assert "fig2: NOT DRAWN" in done.stdout and f"{tmp_path}/nowhere is not a folder" in done.stderr
     _, summary = done.stdout.split("NOT COMPLETE")
     for stage in ("data: CIFAR-100", "MLPs on Fashion-MNIST", "DenseNets on CIFAR-100",
-                  "ConvNets on CIFAR-100", "robustness", "figures"):
+                  "ConvNets on CIFAR-100", "robustness", "figures and verdicts"):
         assert f"  {stage} (exit status" in summary
     assert {p.name for p in tmp_path.iterdir()} == {"nvidia-smi", "figures"}
     drawn = {p.name.split(".")[0] for p in (tmp_path / "figures/quick").iterdir()}
-    assert drawn == {"table1", "table3", "table4", "tables"}    # they need no runs
+    assert drawn == {"table1", "table3", "table4", "tables", "report"}      # they need no runs
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
