@@ -481,21 +481,19 @@ def judge(study, name):
 
 def measured_on(study):
     """In words, how the runs in use differ from the paper's: in their data and in their size."""
-    sources = {make_figures.trained(record)["data"]["source"] for record in study.used.values()}
-    words = [text for source, text in (("synthetic", "on synthetic data"),
-                                       ("folder", "not on the paper's data")) if source in sources]
-    if any(is_reduced(study, record) for record in study.used.values()):
-        words.append("on reduced runs")
-    return ", ".join(words)
-
-
-def is_reduced(study, record):
-    """Was it trained otherwise than the paper says, in anything but its data and its precision?"""
-    block = study.block(make_figures.trained_in(record["experiment"]), study.paper)
-    theirs = block | block["configurations"].get(record["configuration"], {})
-    mine = make_figures.trained(record)
-    keys = mine.keys() & theirs.keys() - {"lr", "precision", "bagging", "stacking"}
-    return any(mine[key] != theirs[key] for key in keys)
+    true_of = collections.Counter()
+    for record in study.used.values():
+        block = study.block(make_figures.trained_in(record["experiment"]), study.paper)
+        theirs = block | block["configurations"].get(record["configuration"], {}) | {
+            "repeats": study.paper["robustness"]["repeats"]}
+        mine = record["settings"] | make_figures.trained(record)
+        source, keys = mine["data"]["source"], mine.keys() & theirs.keys()
+        true_of["on synthetic data"] += source == "synthetic"
+        true_of["not on the paper's data"] += (source == "folder"
+                                               or mine["dataset"] != theirs["dataset"])
+        true_of["on reduced runs"] += any(mine[key] != theirs[key] for key in keys - {
+            "lr", "precision", "bagging", "stacking", "dataset"})
+    return ", ".join(words for words, count in true_of.items() if count)
 
 
 # --- The numbers that the paper prints -----------------------------------------------------------
@@ -588,7 +586,8 @@ def report(study, claims, made):
     yield __doc__.split("\n\n")[-1].replace("\n", " ").strip()
     yield "In brackets: the 95 % interval of the mean over n trials; points are per cent of error."
     yield "## The numbers that the paper prints"
-    yield table(["what", "paper", "here", "difference", "verdict"], list(printed_numbers(study, made)))
+    yield table(["what", "paper", "here", "difference", "verdict"],
+                list(printed_numbers(study, made)))
     yield ("A number agrees if it lies in the 95 % interval of ours (n of at least 3); a count, if "
            "ours rounds to it. A claim may hold where its numbers differ.")
     yield "## Figures and tables"

@@ -13,6 +13,7 @@ which, and the command that makes them.
 import csv
 import functools
 import io
+import json
 import math
 import sys
 import textwrap
@@ -645,11 +646,16 @@ class Table:
     notes: list
 
 
-def untrained(experiment, settings, classes=100):
-    """An ensemble that takes no memory: for counting, of 3-channel images as CIFAR's."""
+def untrained(experiment, settings):
+    """An ensemble that takes no memory: for counting, of 32x32 images in 100 classes."""
+    return _untrained(experiment, json.dumps({**settings, "precision": "fp32"}))
+
+
+@functools.cache        # three tables count the same networks
+def _untrained(experiment, settings):
     with torch.device("meta"):
         return common.experiment_of(experiment).build(
-            {**settings, "precision": "fp32"}, (3, 32, 32), classes, torch.Generator("cpu"))
+            json.loads(settings), (3, 32, 32), 100, torch.Generator("cpu"))
 
 
 def parameters(ensemble):
