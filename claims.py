@@ -2,13 +2,14 @@
 
     python claims.py                         # figures/PRESET/report.html, and report.md
 
-Draws every figure and table as make_figures.py does, and trains nothing. A claim is made of a few
-statistics, each with a margin that was fixed before any run. A statistic is computed for every
-trial, paired where trials share their split and initial weights, and decided by the 95 % interval
-of a t-test over at least three trials: it holds, or it does not, if the interval lies on one side
-of the margin; else it is undecided. Fewer trials never decide. A claim does not hold if one of its
-statistics does not; it holds if all do. What was measured on stand-in data or on reduced runs says
-so.
+Draws every figure and table as make_figures.py does, and trains nothing.
+
+A claim is made of a few statistics, each with a margin that was fixed before any run. A statistic
+is computed for every trial, paired where trials share their split and initial weights, and decided
+by the 95 % interval of a t-test over at least three trials: it holds, or it does not, if the
+interval lies on one side of the margin; else it is undecided. Fewer trials never decide. A claim
+does not hold if one of its statistics does not; it holds if all do. What was measured on stand-in
+data or on reduced runs says so.
 """
 
 import base64
@@ -77,16 +78,16 @@ class Statistic:
         return {2: HOLDS, 1: UNDECIDED, 0: FAILS}[sum(map(self.beyond, ends))]
 
     @property
-    def evidence(self):
-        asked = f"claimed: {self.relation} {self.margin:g}"
-        if not self.values:
-            return f"{self.what}: not run; {asked}"
+    def cells(self):
+        """What, the mean, its interval, n, what is claimed, and the verdict, as text."""
+        asked, n, verdict = f"{self.relation} {self.margin:g}", len(self.values), self.verdict
+        if not n:
+            return [self.what, "", "", "0", asked, verdict]
         mean, low, high = interval(list(self.values.values()))
-        n = len(self.values)
-        between = f" [{low:.2f}, {high:.2f}]" if n > 1 else ""
-        seen = "" if n >= TRIALS else (
-            ", seen as claimed" if self.beyond(mean) else ", seen otherwise")
-        return f"{self.what}: {mean:.2f}{between}{self.unit}, n = {n}{seen}; {asked}"
+        if n < TRIALS:
+            verdict += ", seen as claimed" if self.beyond(mean) else ", seen otherwise"
+        return [self.what, f"{mean:.2f}{self.unit}", f"{low:.2f} to {high:.2f}" if n > 1 else "",
+                str(n), asked, verdict]
 
 
 @dataclass
@@ -107,9 +108,9 @@ class InEveryTrial:
         return HOLDS if self.chance ** len(self.hits) < 0.05 else UNDECIDED
 
     @property
-    def evidence(self):
-        seen = f"{sum(self.hits.values())} of {len(self.hits)} trials" if self.hits else "not run"
-        return f"{self.what}: {seen}; claimed: all (chance {self.chance:.2f} a trial)"
+    def cells(self):
+        return [self.what, of(self.hits.values()), "", str(len(self.hits)),
+                f"all; by chance {self.chance:.2f} each", self.verdict]
 
 
 @dataclass
@@ -124,8 +125,9 @@ class Exact:
         return HOLDS if self.deviation <= self.most else FAILS      # (nan does not hold)
 
     @property
-    def evidence(self):
-        return f"{self.what}: {self.deviation:.1e}; at most {self.most:.0e}"
+    def cells(self):
+        return [self.what, f"{self.deviation:.1e}", "", "", f"at most {self.most:g}",
+                self.verdict]
 
 
 def combined(parts):
@@ -209,7 +211,8 @@ def joint(lam):
 def less(runs, experiment, one, other, relation=">", margin=0):
     """The statistic: test error of one (configuration, method) less that of another."""
     def name(configuration, method):
-        return f"{configuration} {method.replace('joint-', 'λ = ')}"
+        alone = (configuration, method) == SINGLE
+        return configuration if alone else f"{configuration} {method.replace('joint-', 'λ = ')}"
     return Statistic(f"{name(*one)} less {name(*other)}",
                      both(*(runs.error(experiment, *which) for which in (one, other))), relation,
                      margin)
@@ -498,6 +501,11 @@ def measured_on(study):
 
 # --- The numbers that the paper prints -----------------------------------------------------------
 
+def titled(name):
+    """fig2 -> Figure 2, table1 -> Table 1"""
+    return f"{'Table' if name in make_figures.TABLES else 'Figure'} {name[-1]}"
+
+
 def printed_numbers(study, made):
     """Rows [what, paper, here, difference, verdict] of every number that the paper prints."""
     runs, published = Runs(study), study.published
@@ -506,7 +514,7 @@ def printed_numbers(study, made):
         for configuration, methods in published[figure]["test_error_percent"].items():
             for method, theirs in methods.items():
                 values = list(runs.error(experiment, configuration, method).values())
-                what = (f"{figure.capitalize()}: {configuration} "
+                what = (f"{titled(figure)}: {configuration} "
                         f"{method.replace('joint-', 'λ = ')}, test error (%)")
                 yield [what, str(theirs), *compared(values, theirs, study)]
     for table in ("table1", "table4"):
@@ -514,7 +522,7 @@ def printed_numbers(study, made):
         for name, row in published[table]["rows"].items():
             theirs = row["parameters"]
             digits = len(theirs.rstrip("M").split(".")[1])
-            yield [f"{table.capitalize()}: {name}, parameters", theirs, f"{counts[name]:,}", "",
+            yield [f"{titled(table)}: {name}, parameters", theirs, f"{counts[name]:,}", "",
                    "agrees" if f"{counts[name] / 1e6:.{digits}f}M" == theirs else "differs"]
 
 
@@ -580,11 +588,14 @@ def report(study, claims, made):
            f"ECML-PKDD 2020), {now:%Y-%m-%d %H:%M}, from {study.results / study.name}. Of "
            f"{len(claims)} claims, {counts_in_words(counts)}.")
     yield "## Verdicts"
-    yield table(["claim", "in the paper", "verdict", "evidence"], [
-        [f"**{c.name}** {c.claim}", c.where, f"{c.verdict}{', ' * bool(c.on)}{c.on}",
-         "<br>".join(part.evidence for part in c.parts)] for c in claims])
+    yield table(["claim", "in the paper", "verdict"], [
+        [f"**{c.name}** {c.claim}", c.where, f"{c.verdict}{', ' * bool(c.on)}{c.on}"]
+        for c in claims])
+    yield "## The evidence"
     yield __doc__.split("\n\n")[-1].replace("\n", " ").strip()
-    yield "In brackets: the 95 % interval of the mean over n trials; points are per cent of error."
+    yield table(["claim", "statistic", "mean", "95 % interval", "n", "claimed", "verdict"], [
+        [f"**{c.name}**", *part.cells] for c in claims for part in c.parts])
+    yield "Errors in per cent, differences in points; n counts trials."
     yield "## The numbers that the paper prints"
     yield table(["what", "paper", "here", "difference", "verdict"],
                 list(printed_numbers(study, made)))
@@ -621,19 +632,19 @@ def counts_in_words(counts):
 
 def figure_section(study, claims, name, one):
     """A figure or table, what it shows, and what it was made from."""
-    kind = "Table" if name in make_figures.TABLES else "Figure"
-    yield f"### {kind} {name[-1]}"
+    yield f"### {titled(name)}"
     told = [c for c in claims if study.published["claims"][c.name].get("figure") == name]
     for claim in told:
         yield f"**{claim.name}: {claim.verdict}{', ' * bool(claim.on)}{claim.on}.** {claim.claim}"
     if one.state == "NOT DRAWN":
         yield "Not drawn: none of its runs is there."
-    elif kind == "Table":
+    elif one.table:
         yield table(one.table.columns, one.table.cells)
         yield from one.table.notes
     else:
-        seen = " ".join(f"{c.name}, {c.verdict}: {'; '.join(p.evidence for p in c.parts)}."
-                        for c in told)
+        seen = " ".join(f"{c.name}, {c.verdict}: " + "; ".join(
+            f"{what} {mean}" for what, mean, *_ in (part.cells for part in c.parts)) + "."
+            for c in told)
         about = " ".join(make_figures.FIGURES[name].__doc__.split())
         yield f"![{about} {seen} The numbers are in {name}.csv.]({name}.png)"
     if one.used:
@@ -644,28 +655,28 @@ def figure_section(study, claims, name, one):
     runs = [(r["experiment"], r["configuration"], joint(r["lambda"]) if r["method"] == "joint" else
              r["method"], r["trial"]) for r in one.used.values()]
     commands = [*study.commands([*runs, *one.missing], one.used),
-                f"python make_figures.py {name} --preset {study.name}"]
+                f"python make_figures.py {name} --preset {study.name}{study.results_flag}"]
     yield "\n".join(f"    {command}" for command in commands)
 
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
   max-width: 62rem; padding: 1rem; overflow-wrap: break-word; }
-h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .6rem; } h1 { margin-top: 0; }
+h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .6rem; } h1 { margin-top: 0; font-size: 1.7rem; }
 h2 { border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .86rem; }
 th, td { border: 1px solid #ccc; padding: .3rem .5rem; text-align: left; vertical-align: top;
-  min-width: 3.5rem; overflow-wrap: normal; }
+  overflow-wrap: normal; } td:nth-child(2) { min-width: 4rem; }
 th { background: #f2f2f2; }
 td.holds, td.agrees { background: #e3f1e7; } td.fails, td.differs { background: #f8e2dc; }
 td.undecided { background: #fdf3d8; } td.open { color: #595959; }
 img { max-width: 100%; height: auto; }
-pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; font-size: .82rem; }
+pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; font-size: .82rem; }
 code { font-size: .92em; }
 @media (max-width: 40rem) { body { padding: .6rem; } table { font-size: .8rem; } }
-@media print { body { max-width: none; font-size: 10pt; } .table, pre { overflow: visible; }
-  pre { white-space: pre-wrap; } h2, h3, img, tr { break-inside: avoid; break-after: auto; } }
+@media print { body { max-width: none; font-size: 10pt; } .table { overflow: visible; }
+  h2, h3, img, tr { break-inside: avoid; break-after: auto; } }
 """
 
 
@@ -702,10 +713,10 @@ def block_as_html(block, folder):
 
 
 def inline(text):
-    """Code, bold, italics and line breaks of Markdown as HTML."""
+    """Code, bold and italics of Markdown as HTML."""
     parts = re.split(r"`([^`]*)`", text)
     for i, part in enumerate(parts):
-        safe = html.escape(part, quote=False).replace("&lt;br&gt;", "<br>")
+        safe = html.escape(part, quote=False)
         if i % 2:
             parts[i] = f"<code>{safe}</code>"
             continue
@@ -718,7 +729,7 @@ def inline(text):
 def verdict_class(cell):
     for words, kind in ((HOLDS, "holds"), (FAILS, "fails"), (UNDECIDED, "undecided"),
                         (NOT_RUN, "open"), ("agrees", "agrees"), ("differs", "differs")):
-        if cell == words or cell.startswith(f"{words}, on") or cell.startswith(f"{words}, not on"):
+        if cell == words or cell.startswith(f"{words}, "):
             return f' class="{kind}"'
     return ""
 

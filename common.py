@@ -103,7 +103,7 @@ def shown(value):
 
 
 MOST = 1_000_000
-COUNT = (_is(int, 1, MOST), f"a whole number from 1 to {MOST}")
+COUNT = (_is(int, 1, MOST), f"a whole number of at least 1, at most {MOST}")
 COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for all")
 RATE = (lambda x: _is((int, float), 0)(x) and 0 < x < math.inf, "a number above 0")
 FRACTION = (_is((int, float), 0, 1), "a number in [0, 1]")
@@ -122,7 +122,7 @@ SETTINGS = {  # what an experiment's block in presets.yaml holds, and what each 
     "dataset": (lambda x: isinstance(x, str) and x in DATASETS, "a data set of common.DATASETS"),
     "trials": COUNT, "epochs": COUNT, "batch": COUNT,
     "train": COUNT_OR_ALL, "test": COUNT_OR_ALL,
-    "validation": (_is(int, 0, MOST), f"a whole number from 0 to {MOST}"),
+    "validation": (_is(int, 0, MOST), f"a whole number of at least 0, at most {MOST}"),
     "augment": SWITCH,
     "momentum": (_is((int, float), 0, 0.999999), "a number in [0, 1)"),
     "nesterov": SWITCH,
@@ -131,7 +131,7 @@ SETTINGS = {  # what an experiment's block in presets.yaml holds, and what each 
               "a list of shares of the epochs, each above 0 and below 1 (the end)"),
     "bagging": _one_of(("weights", "resample")),
     "stacking": _one_of(("validation", "training")),
-    "folds": (_is(int, 2, MOST), f"a whole number from 2 to {MOST}"),
+    "folds": (_is(int, 2, MOST), f"a whole number of at least 2, at most {MOST}"),
     "penalties": (_all(RATE[0]), "a list of numbers above 0"),
     "tune": (_all(RATE[0]), "a list of numbers above 0"),
 }

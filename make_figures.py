@@ -62,6 +62,11 @@ class Study:
         """What is found from here on is for one figure."""
         self.used, self.missing = {}, {}    # folder -> run.json; (experiment, configuration, ...)
 
+    @property
+    def results_flag(self):
+        """For a command that reads these results."""
+        return f" --results {self.results}" if self.results != Path("results") else ""
+
     def block(self, experiment, preset=None):
         """The settings of an experiment in this preset, or in another."""
         return common.experiment_settings(preset or self.preset, self.name,
@@ -184,8 +189,8 @@ class Study:
                               if method.startswith("joint-")})
             return " ".join([
                 f"--preset {self.name} --only {' '.join(names)}",
-                *(["--lambdas", *map(common.lambda_name, lambdas)] if lambdas else []),
-                *(["--results", str(self.results)] if self.results != Path("results") else [])])
+                *(["--lambdas", *map(common.lambda_name, lambdas)] if lambdas else [])]
+            ) + self.results_flag
 
         dropping = [run for run in wanted if run[0] != trained_in(run[0])]
         training = [run for run in wanted if run not in dropping]

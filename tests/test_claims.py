@@ -142,7 +142,7 @@ def test_c6_and_c7_turn_with_the_labels(study, turned):
     assert verdict(study, "C7") == (claims.FAILS if turned else claims.HOLDS)
     made = {name: make_figures.make(study, name, study.results.parent / "figures")
             for name in ("table1", "table4")}
-    rows = [row for row in claims.printed_numbers(study, made) if row[0].startswith("Table2")]
+    rows = [row for row in claims.printed_numbers(study, made) if row[0].startswith("Table 2")]
     assert len(rows) == 18 and sum(row[-1] == "agrees" for row in rows) == (12 if turned else 18)
 
 
@@ -290,7 +290,7 @@ def test_a_report_of_nothing_says_so(study):
 
 @pytest.mark.parametrize("text, expected", [
     ("a **b** `c**d**` *e* f*g", "a <strong>b</strong> <code>c**d**</code> <em>e</em> f*g"),
-    ("<script> & \\*", "&lt;script&gt; &amp; *"), ("a<br>b", "a<br>b")])
+    ("<script> & \\*", "&lt;script&gt; &amp; *")])
 def test_inline_markdown(text, expected):
     assert claims.inline(text) == expected
 
