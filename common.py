@@ -222,7 +222,7 @@ def _change(block, change, own):
     except (ValueError, RecursionError, yaml.YAMLError):
         value = math.nan
     if not test(value):
-        raise Refused(f"--set {key}: {shown(text)} is not {expected}")
+        raise Refused(f"--set {shown(change)[1:-1]}: the value is not {expected}")
     if configuration:
         nearest(configuration, block["configurations"], "configuration in --set")
     if key in own:
