@@ -435,7 +435,7 @@ def c18(_=None):
 
 def c19(_=None):
     g = torch.Generator().manual_seed(2)
-    f, y = torch.randn(7, 5, generator=g, dtype=torch.double), torch.randn(7, 1).double()
+    f, y = (torch.randn(7, n, generator=g, dtype=torch.double) for n in (5, 1))
     for lam in (0, 0.3, 1):
         def eq4(f, lam=lam):                    # for Gaussians D(p || q) is half the squared error
             return (lam * (f.mean(1, keepdim=True) - y).square() / 2

@@ -63,7 +63,7 @@ fi
 # The active Python is used if it has the five packages in versions that this package was tested
 # with, torch and torchvision importable as a pair; else a .venv with the exact pins is made, once.
 requirements=requirements.txt tools=""
-[ "$what" = test ] && requirements=tests/requirements.txt tools="pytest ruff"
+[ "$what" = test ] && requirements=tests/requirements.txt tools="pytest xdist ruff"
 
 fits() {
   "$1" - $tools 2>/dev/null <<'EOF'
@@ -108,7 +108,8 @@ fi
 # --- The tests ---------------------------------------------------------------------------------
 
 if [ "$what" = test ]; then
-  "$python" -m ruff check --quiet . && exec "$python" -m pytest -q tests
+  "$python" -m ruff check --quiet . &&
+    exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
   exit 1
 fi
 
@@ -157,11 +158,12 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
   train+=(--shard "$part/$SLURM_ARRAY_TASK_COUNT")
   echo; echo "part $part of $SLURM_ARRAY_TASK_COUNT of the runs, by SLURM's array"
+else
+  plan() { "$1" --dry-run | grep -v '^    '; return "${PIPESTATUS[0]}"; }
+  stage "plan: MLPs" plan mlp
+  stage "plan: DenseNets" plan densenet
+  stage "plan: ConvNets" plan convnet
 fi
-plan() { "$1" --dry-run | grep -v '^    '; return "${PIPESTATUS[0]}"; }
-stage "plan: MLPs" plan mlp
-stage "plan: DenseNets" plan densenet
-stage "plan: ConvNets" plan convnet
 stage "MLPs on Fashion-MNIST" mlp
 stage "DenseNets on CIFAR-100" densenet
 stage "ConvNets on CIFAR-100" convnet

@@ -4,10 +4,14 @@ import os
 import sys
 from pathlib import Path
 
+# Here and in children: bitwise promises are of the CPU, and tests at once share the cores.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
+
 import pytest
 import torch
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""      # bitwise promises are of the CPU, here and in children
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -53,6 +53,8 @@ sinfo
 
 # --- The study ---------------------------------------------------------------------------------
 
+single=$(sbatch --parsable --output="$work/single.out" run_all.sh smoke \
+  --results "$work/single" --figures-dir "$work/single-figures")
 job=$(sbatch --parsable --array=0-3 --output="$work/task-%a.out" run_all.sh smoke \
   --results "$work/array" --figures-dir "$work/figures")
 until ls "$work"/array/smoke/*/*/*/*/.lock >/dev/null 2>&1; do
@@ -63,10 +65,9 @@ scontrol requeue "${job}_0"
 scontrol show job "${job}_0" | grep -o "Restarts=1"     # it was running, and runs again
 last=$(sbatch --parsable --dependency="afterok:$job" --output="$work/last.out" run_all.sh smoke \
   --results "$work/array" --figures-dir "$work/figures")
-while squeue -h -j "$last" 2>/dev/null | grep -q .; do sleep 2; done
-tail -n 3 "$work"/task-*.out "$work/last.out"
+while squeue -h -j "$single,$last" 2>/dev/null | grep -q .; do sleep 2; done
+tail -n 3 "$work"/*.out
 grep -q "^figures: complete" "$work/last.out"
-bash run_all.sh smoke --results "$work/single" --figures-dir "$work/single-figures" > "$work/single.out"
 
 cd "$work"
 python3 - <<'PYTHON'

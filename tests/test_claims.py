@@ -241,11 +241,14 @@ def test_c14(study, member, ensemble, expected):
     assert verdict(study, "C14") == expected
 
 
-def test_a_broken_loss_is_seen_by_the_exact_claims(study, monkeypatch):
+@pytest.mark.parametrize("broken, fail", [
+    (lambda right, z, y, lam: right(z, y, lam / 2), {"C15", "C16", "C20"}),
+    (lambda right, z, y, lam: right(z, y, lam) * z.shape[1], {"C15", "C17"}),
+    (lambda right, z, y, lam: right(z, y, 1 - lam), {"C15", "C16", "C17", "C20"})])
+def test_a_broken_loss_is_seen_by_the_exact_claims(study, monkeypatch, broken, fail):
     right = common.joint_loss
-    monkeypatch.setattr(common, "joint_loss", lambda z, y, lam: right(z, y, lam / 2))
-    found = {claim.name: claim.verdict for claim in judge_all(study)}
-    assert {found[name] for name in ("C15", "C16", "C20")} == {claims.FAILS}
+    monkeypatch.setattr(common, "joint_loss", lambda z, y, lam: broken(right, z, y, lam))
+    assert {claim.name for claim in judge_all(study) if claim.verdict == claims.FAILS} == fail
 
 
 # --- What it was measured on ---------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,41 +133,53 @@ def test_a_damaged_checkpoint_is_set_aside_and_told(data, tmp_path, damage, caps
     assert same(outcome("MLP", whole), outcome("MLP", parts))
 
 
+SELECT = ("--preset", "smoke", "--only", "64x16H", "--lambdas", "0", "--trials", "1")
+SHORT = (*SELECT, "--epochs", "1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which SHORT was trained."""
+    folder = tmp_path_factory.mktemp("finished")
+    subprocess.run([sys.executable, ROOT / "train_mlp_fmnist.py", *SHORT], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def folder(trained, script):
+    """That run's folder, in a copy that is the current one."""
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+    return Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
+
+
 @damaged
 @pytest.mark.parametrize("name", ["run.json", "history.npz", "weights.pt"])
-def test_a_damaged_run_is_never_drawn_and_is_done_anew(script, tmp_path, name, damage):
-    select = ("--preset", "smoke", "--only", "64x16H", "--lambdas", 0, "--trials", 1)
-    short = (*select, "--epochs", 1)
-    assert script(train_mlp_fmnist, *short)[0] == 0
-    folder = Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
+def test_a_damaged_run_is_never_drawn_and_is_done_anew(script, folder, name, damage):
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     content = damage(whole[name])
     (folder / name).write_bytes(content)
     reader = {"history.npz": (make_figures, "fig9", "--preset", "smoke"),
-              "weights.pt": (robustness, *select),
+              "weights.pt": (robustness, *SELECT),
               "run.json": (make_figures, "fig3", "--preset", "smoke")}[name]
     status, _, err = script(*reader)
     assert status == 2 and err.count("\n") == 1 and f"{folder / name} is damaged" in err
-    status, out, _ = script(train_mlp_fmnist, *short)
+    status, out, _ = script(train_mlp_fmnist, *SHORT)
     assert status == 0 and f"{folder}: what is damaged there is set aside as damaged-" in out
     (aside,) = folder.glob("damaged-*")
     assert (aside / name).read_bytes() == content
     for other in ("history.npz", "weights.pt"):
         assert (folder / other).read_bytes() == whole[other]
-    assert script(train_mlp_fmnist, *short)[1].count("0 to do") == 1
+    assert script(train_mlp_fmnist, *SHORT)[1].count("0 to do") == 1
 
 
-def test_weights_that_are_code_are_not_run(script):
+def test_weights_that_are_code_are_not_run(script, folder):
     """With a checksum that fits, as someone who sends both can make it."""
-    select = ("--preset", "smoke", "--only", "64x16H", "--lambdas", 0, "--trials", 1)
-    assert script(train_mlp_fmnist, *select, "--epochs", 1)[0] == 0
-    folder = Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
     record = common.read_run(folder)
     torch.save({"hidden_weight": Malice()}, folder / "weights.pt")
     content = (folder / "weights.pt").read_bytes()
     record["sha256"]["weights.pt"] = hashlib.sha256(content).hexdigest()
     (folder / "run.json").write_text(json.dumps(record | {"seal": common.seal(record)}))
-    status, _, err = script(robustness, *select)
+    status, _, err = script(robustness, *SELECT)
     assert status == 2 and "weights.pt is damaged (it holds more than weights)" in err
 
 
