@@ -1384,7 +1384,7 @@ def stack(experiment, run, data, results):
 # --- Run folders -------------------------------------------------------------------------------
 
 def write(path, save):
-    """Writes a file under a temporary name and renames it: what has the name is whole.
+    """Writes a file under a temporary name and renames it: what has the name is whole and on disk.
 
     Returns its SHA-256. Raises Refused if it cannot be written: the disk is full, or the folder is
     gone.
@@ -1393,7 +1393,10 @@ def write(path, save):
     save(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content.getbuffer())
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())     # else a power cut may leave the name and not the content
         temporary.replace(path)
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}; what was finished is kept: "
