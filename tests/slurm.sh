@@ -2,7 +2,7 @@
 # A real SLURM on one Debian machine, two nodes of a CPU each: a smoke study as an array of four tasks,
 # one of them requeued while it runs, gives what a single process gives, to the bit.
 #
-#   apt-get install slurm-wlm munge procps && bash tests/slurm.sh      # as root; 7 to 13 minutes
+#   apt-get install slurm-wlm munge procps && bash tests/slurm.sh      # as root; 5 minutes and more
 set -eu
 cd "$(dirname "$0")/.."
 work=$(mktemp -d) host=$(hostname -s)
