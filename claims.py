@@ -4,12 +4,14 @@
 
 Draws every figure and table as make_figures.py does, and trains nothing.
 
-A claim is made of a few statistics, each with a margin that was fixed before any run. A statistic
-is computed for every trial, paired where trials share their split and initial weights, and decided
-by the 95 % interval of a t-test over at least three trials: it holds, or it does not, if the
-interval lies on one side of the margin; else it is undecided. Fewer trials never decide. A claim
-does not hold if one of its statistics does not; it holds if all do. What was measured on stand-in
-data or on reduced runs says so.
+A claim is made of a few statistics, each with a margin, all fixed beforehand. A statistic is
+computed for every trial, paired where two are compared (trials share their split, and within a
+configuration their initial weights), and decided by the 95 % interval of a t-test over at least
+three trials: it holds, or it does not, if the interval lies on one side of the margin; else it is
+undecided. What is claimed of every trial (C10) falls with one miss, and holds if so many hits are
+unlikely by chance. Fewer trials than three never decide. A claim does not hold if one of its
+statistics does not; it holds if all do. What was measured on stand-in data or on reduced runs says
+so.
 """
 
 import base64
@@ -354,11 +356,11 @@ def c21(runs):
 
 # --- The claims that can be computed -------------------------------------------------------------
 
-def example(n=7, members=5, classes=4):
+def example():
     """Member logits (N, M, K) in double precision, and targets (N,)."""
     g = torch.Generator().manual_seed(1)
-    return (3 * torch.randn(n, members, classes, generator=g, dtype=torch.double),
-            torch.randint(classes, (n,), generator=g))
+    return (3 * torch.randn(7, 5, 4, generator=g, dtype=torch.double),
+            torch.randint(4, (7,), generator=g))
 
 
 def divergence(log_p, log_q):
@@ -386,10 +388,11 @@ def c15(_=None):
                     abs((common.joint_loss(z, y, lam) - eq5).item()), 1e-12)
 
 
-def eigenvalues(lam, y=0.3, members=4):
-    """Those of the Hessian of Eq. 4 where M scalar (Bernoulli) outputs all predict y, ascending,
+def eigenvalues(lam):
+    """Those of the Hessian of Eq. 4 where four scalar (Bernoulli) outputs all predict y, ascending,
     and the largest entry of the gradient there: it is a stationary point."""
-    eta = torch.logit(torch.tensor(y, dtype=torch.double)).repeat(members)
+    y = 0.3
+    eta = torch.logit(torch.tensor(y, dtype=torch.double)).repeat(4)
     targets = torch.tensor([[1 - y, y]], dtype=torch.double)
 
     def loss(eta):
@@ -738,6 +741,7 @@ def verdict_class(cell):
 
 def main():
     study, folder = make_figures.open_study(make_figures.parser(__doc__).parse_args())
+    common.commit()                     # before figures change the checkout, as in expected/
     made = {name: make_figures.make(study, name, folder)
             for name in make_figures.FIGURES | make_figures.TABLES}
     make_figures.finish(study, made, folder)

@@ -57,7 +57,8 @@ except (ImportError, RuntimeError, OSError) as error:
     pair = ("; torch and torchvision are not of one release pair"
             if "torchvision::" in str(error) else "")
     print(f"error: the packages cannot be imported ({str(error).splitlines()[0]}){pair}: "
-          "`pip install -r requirements.txt`, or `bash run_all.sh`, which makes a .venv",
+          "`pip install -r requirements.txt`; or `bash run_all.sh`, which makes a .venv, and then "
+          "`. .venv/bin/activate`",
           file=sys.stderr)
     sys.exit(2)
 
@@ -86,7 +87,8 @@ def _is(kind, low=-math.inf, high=math.inf):
     return lambda x: isinstance(x, kind) and not isinstance(x, bool) and low <= x <= high
 
 
-def _all(test):
+def list_of(test):
+    """A test for a list, not empty, of what passes a test."""
     return lambda x: isinstance(x, list) and x != [] and all(map(test, x))
 
 
@@ -107,7 +109,7 @@ COUNT = (_is(int, 1, MOST), f"a whole number of at least 1, at most {MOST}")
 COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for all")
 RATE = (lambda x: _is((int, float), 0)(x) and 0 < x < math.inf, "a number above 0")
 FRACTION = (_is((int, float), 0, 1), "a number in [0, 1]")
-LAMBDAS = (_all(FRACTION[0]), "a list of numbers in [0, 1]")
+LAMBDAS = (list_of(FRACTION[0]), "a list of numbers in [0, 1]")
 SWITCH = (lambda x: isinstance(x, bool), "true or false")
 METHODS = ("joint", "independent", "bagging", "stacking")
 POLICIES = ("real", "auto", "synthetic", "folder")
@@ -127,20 +129,22 @@ SETTINGS = {  # what an experiment's block in presets.yaml holds, and what each 
     "momentum": (_is((int, float), 0, 0.999999), "a number in [0, 1)"),
     "nesterov": SWITCH,
     "weight_decay": (lambda x: _is((int, float), 0)(x) and x < math.inf, "a number of at least 0"),
-    "decay": (lambda x: x == [] or _all(lambda share: RATE[0](share) and share < 1)(x),
+    "decay": (lambda x: x == [] or list_of(lambda share: RATE[0](share) and share < 1)(x),
               "a list of shares of the epochs, each above 0 and below 1 (the end)"),
     "bagging": _one_of(("weights", "resample")),
     "stacking": _one_of(("validation", "training")),
     "folds": (_is(int, 2, MOST), f"a whole number of at least 2, at most {MOST}"),
-    "penalties": (_all(RATE[0]), "a list of numbers above 0"),
-    "tune": (_all(RATE[0]), "a list of numbers above 0"),
+    "penalties": (list_of(RATE[0]), "a list of numbers above 0"),
+    "tune": (list_of(RATE[0]), "a list of numbers above 0"),
 }
-CONFIGURATION = {  # what each configuration has; its script adds the keys of its network. What is
-    "members": COUNT,                       # the same for all may stand in the experiment's block.
+# What each configuration has; its script adds the keys of its network. What is the same for all may
+# stand in the experiment's block.
+CONFIGURATION = {
+    "members": COUNT,
     "lr": (lambda x: isinstance(x, dict) and x != {} and all(map(FRACTION[0], x))
            and max(x) == 1 and all(map(RATE[0], x.values())),
            "learning rates per range of lambda, the last of them for 1"),
-    "methods": (_all(lambda x: x in METHODS), "a list of " + ", ".join(METHODS)),
+    "methods": (list_of(lambda x: x in METHODS), "a list of " + ", ".join(METHODS)),
     "lambdas": LAMBDAS,
     "weights": (lambda x: x == [] or LAMBDAS[0](x), "a list of lambdas whose weights are kept"),
 }
@@ -1480,8 +1484,8 @@ class Damaged(Refused):
     """A run folder holds something that is not as it was written."""
 
     def __init__(self, path, why):
-        super().__init__(f"{path} is damaged ({why}): train again, which sets it aside and does "
-                         f"that run anew, or remove {path.parent}")
+        super().__init__(f"{path} is damaged ({why}): the command that made it, given again, sets "
+                         f"it aside and does that run anew; or remove {path.parent}")
 
 
 def seal(record):
@@ -1557,7 +1561,7 @@ def difference(there, here):
     return next(((key, there.get(key), here.get(key)) for key in keys), None)
 
 
-def finished(run, results, remedy="use another --results folder, or remove that one"):
+def finished(run, results):
     """Is this run in its folder, with what it must keep?
 
     Raises Refused on other settings there, and Damaged if something is not as it was written.
@@ -1569,7 +1573,7 @@ def finished(run, results, remedy="use another --results folder, or remove that 
     if other := difference(record["settings"], json.loads(json.dumps(run.settings))):
         key, there, here = other
         raise Refused(f"{folder} holds results from other settings: {key} is {there!r} there and "
-                      f"{here!r} now; {remedy}")
+                      f"{here!r} now; use another --results folder, or remove that one")
     return (not run.weights or "weights.pt" in record["sha256"] or
             record["result"]["diverged_at_epoch"] is not None)
 
@@ -1994,7 +1998,9 @@ def prepare(experiment, args):
             c["precision"] = "bf16" if bf16_is_fast(device) else "fp32"
     if args.fetch:
         data = find_data(block["dataset"], policy, args.data_dir)
-        print(f"data: {block['dataset']}: {data.origin if data else 'the synthetic stand-in'}")
+        place = "in place of " * (policy == "folder")
+        print(f"data: {place}{block['dataset']}: "
+              f"{data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
     if block["nesterov"] and not block["momentum"]:
         raise Refused("nesterov needs momentum above 0: set momentum, or nesterov=false")
@@ -2027,11 +2033,7 @@ def run_study(experiment, args):
 
 
 def train_missing(experiment, runs, data, args):
-    """Trains the runs that are not in their folders yet, or with --dry-run prints the plan.
-
-    Any number of processes may do so in one folder: each takes runs that no other is at, and ends
-    when all are finished.
-    """
+    """Trains the runs that are not in their folders yet, or with --dry-run prints the plan."""
     to_do = [run for run in runs if to_be_done(run, args.results)]
     costs = estimate(experiment, to_do, data)
     if not args.worker:
@@ -2057,29 +2059,43 @@ def train_missing(experiment, runs, data, args):
     progress = Progress(to_do, costs, args.results, args.diagnose)
     source = {(run.configuration, run.trial): run for run in runs
               if run.method == "joint" and run.lam == 0}        # of the members that are stacked
+
+    def ready(run):
+        return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial],
+                                                          args.results)
+
+    def do(run):
+        progress.finish(run, do_run(experiment, run, data, args.results,
+                                    functools.partial(progress.epoch, run), args.eager))
+    each_once(to_do, args.results, do, ready)
+
+
+def each_once(runs, results, do, ready=lambda run: True):
+    """do(run) for those that are not finished, when they are ready; damaged ones are set aside.
+
+    Any number of processes may do so in one folder: each takes runs that no other is at, and ends
+    when all are finished.
+    """
     said = False
-    while to_do:
+    while runs:
         others = []
-        for run in to_do:
-            if run.method == "stacking" and to_be_done(source[run.configuration, run.trial],
-                                                       args.results):
+        for run in runs:
+            if not ready(run):
                 others.append(run)
                 continue
-            with claim(run, args.results) as mine:
+            with claim(run, results) as mine:
                 if not mine:
                     others.append(run)
-                elif to_be_done(run, args.results):
-                    if (args.results / run.path / "run.json").exists():
-                        set_aside(args.results / run.path)
-                    progress.finish(run, do_run(experiment, run, data, args.results,
-                                                functools.partial(progress.epoch, run),
-                                                args.eager))
-        if others == to_do:
+                elif to_be_done(run, results):
+                    if (results / run.path / "run.json").exists():
+                        set_aside(results / run.path)
+                    do(run)
+        if others == runs:
             if not said:
                 print(f"waiting for {len(others)} runs that other processes are at", flush=True)
             said = True
             time.sleep(1)
-        to_do = others
+        runs = others
 
 
 def at_once(jobs):

@@ -72,6 +72,16 @@ def robustness_run(record, folder, drop, repeats, seed):
                       record["method"], record["lambda"], record["trial"], settings, weights=False)
 
 
+def data_of(record, folder, data_dir):
+    """The data that a run was trained on. Raises Refused if what is found is other data."""
+    s = record["settings"]
+    data = common.load_data(s["dataset"], s["data"]["source"], s, data_dir)
+    if other := common.difference(s["data"], data.description):
+        raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]} there "
+                             f"and {other[2]} here; name its --data-dir")
+    return data
+
+
 def measure(run, record, folder, data, results):
     """Measures one trained run on its test images and writes the curve as a run folder."""
     began, drop = time.perf_counter(), run.settings["drop"]
@@ -109,30 +119,28 @@ def main():
                              f"make them with `python train_mlp_fmnist.py --preset {preset}`")
     runs = [robustness_run(record, folder, args.drop, repeats, args.seed)
             for record, folder in trained]
-    done = [common.finished(run, args.results, "remove that folder to measure it anew")
-            for run in runs]
-    print(f"robustness: {len(runs)} trained runs, {sum(done)} measured before", flush=True)
+    to_do = [run for run in runs if common.to_be_done(run, args.results)]
+    print(f"robustness: {len(runs)} trained runs, {len(runs) - len(to_do)} measured before",
+          flush=True)
     if args.dry_run:
-        for run, is_done in zip(runs, done, strict=True):
-            print(f"  {run.label}: {'finished' if is_done else 'to do'}")
+        for run in runs:
+            print(f"  {run.label}: {'to do' if run in to_do else 'finished'}")
         return
     common.make_writable(args.results)
-    device, data, loaded = common.choose_device(args.device), None, None
-    for i, (run, (record, folder)) in enumerate(zip(runs, trained, strict=True)):
-        if done[i]:
-            continue
-        s = record["settings"]
-        wanted = (s["dataset"], s["data"], s["train"], s["validation"], s["test"])
-        if wanted != loaded:
-            data = common.load_data(s["dataset"], s["data"]["source"], s, args.data_dir).to(device)
-            loaded = wanted
-            if other := common.difference(s["data"], data.description):
-                raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]}"
-                                     f" there and {other[2]} here; name its --data-dir")
+    measured = {run.path: of for run, of in zip(runs, trained, strict=True)}
+    device, loaded = common.choose_device(args.device), {}
+
+    def do(run):
+        record, folder = measured[run.path]
+        which = repr([record["settings"][key] for key in (
+            "dataset", "data", "train", "validation", "test")])
+        if which not in loaded:
+            loaded[which] = data_of(record, folder, args.data_dir).to(device)
         with common.memory_told(device, run.label, "free memory, or use --device cpu"):
-            error = 100 * measure(run, record, folder, data, args.results)
-        print(f"[{i + 1}/{len(runs)}] {run.label}: test error {error[0]:.2f} % with all members, "
-              f"{error[len(error) // 2]:.2f} % with about half of them", flush=True)
+            error = 100 * measure(run, record, folder, loaded[which], args.results)
+        print(f"[{runs.index(run) + 1}/{len(runs)}] {run.label}: test error {error[0]:.2f} % with "
+              f"all members, {error[len(error) // 2]:.2f} % with about half of them", flush=True)
+    common.each_once(to_do, args.results, do)
 
 
 if __name__ == "__main__":

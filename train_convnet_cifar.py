@@ -50,8 +50,7 @@ def build(settings, shape, classes, generator):
         settings["members"], generator, settings["precision"])
 
 
-COUNTS = (lambda x: isinstance(x, list) and x != [] and all(map(common.COUNT[0], x)),
-          "a list of whole numbers of at least 1, one a layer")
+COUNTS = (common.list_of(common.COUNT[0]), "a list of whole numbers of at least 1, one a layer")
 PADDING = (lambda x: x in (0, 1) and not isinstance(x, bool), "0 or 1")
 
 # --- The runs ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ member learns while the others stay poor: one network dominates.
     python train_densenet_cifar.py                      # all runs, at a size that fits the machine
     python train_densenet_cifar.py --only DN-High --lambdas 0 1 --trials 1
 
-Tables 1 and 2 and the upper half of Figure 6 are made from its runs.
+Table 2 and the upper half of Figure 6 are made from its runs; Tables 1 and 3 from its networks.
 """
 
 import common

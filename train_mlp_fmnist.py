@@ -8,7 +8,8 @@ one (16.3 against 10.2 % error); trained jointly, at lambda 0.95, they all but m
     python train_mlp_fmnist.py                      # all runs, at a size that fits the machine
     python train_mlp_fmnist.py --only 256x4H --lambdas 0 0.95 --trials 1
 
-Figures 2, 3 and 9 are drawn from its runs, 7 and 8 from its weights by robustness.py.
+Figures 2, 3, 9 and the lower half of 6 are drawn from its runs, 7 and 8 from its weights by
+robustness.py.
 """
 
 import common

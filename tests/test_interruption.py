@@ -1,6 +1,7 @@
 """Runs that were interrupted go on from their checkpoints, and nothing damaged is believed."""
 
 import collections
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -170,6 +171,27 @@ def test_a_damaged_run_is_never_drawn_and_is_done_anew(script, folder, name, dam
     for other in ("history.npz", "weights.pt"):
         assert (folder / other).read_bytes() == whole[other]
     assert script(train_mlp_fmnist, *SHORT)[1].count("0 to do") == 1
+
+
+def test_a_damaged_measurement_is_done_anew_and_one_that_is_being_made_is_left(
+        script, folder, monkeypatch):
+    assert script(robustness, *SELECT)[0] == 0
+    (path,) = Path("results/smoke/robustness-example").rglob("history.npz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    status, _, err = script(make_figures, "fig8", "--preset", "smoke")
+    assert status == 2 and f"{path} is damaged" in err
+    status, out, _ = script(robustness, *SELECT)
+    assert status == 0 and "0 measured before" in out and "set aside as damaged-" in out
+    assert path.read_bytes() == whole
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+    with open(path.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda seconds: lock.close())    # the other ends
+        status, out, _ = script(robustness, *SELECT)
+    assert status == 0 and "waiting for 1 runs that other processes are at" in out
+    assert path.read_bytes() == whole
 
 
 def test_weights_that_are_code_are_not_run(script, folder):
