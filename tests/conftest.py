@@ -1,6 +1,7 @@
 """What the tests share. `bash run_all.sh test` runs them all."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def fashion_mnist():
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture
+def heed_ctrl_c():
+    """Popen's preexec_fn for a child that is sent SIGINT, which what runs in the background ignores.
+    """
+    return lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -231,11 +231,11 @@ def test_a_checkpoint_is_data_and_not_code(data, tmp_path, every_epoch, monkeypa
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number, status):
+def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, heed_ctrl_c, number, status):
     command = [sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke", "--only",
                "1x1024H", "--trials", "1", "--epochs", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     while not list(tmp_path.rglob(".lock")):
         time.sleep(0.1)
     time.sleep(1)

@@ -410,10 +410,10 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     assert drawn == {"table1", "table3", "table4", "tables", "report"}      # they need no runs
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path):
+def test_ctrl_c_keeps_what_is_finished(tmp_path, heed_ctrl_c):
     command = [sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
+                          text=True, preexec_fn=heed_ctrl_c) as process:
         while "test error" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGINT)
