@@ -33,8 +33,7 @@ def fashion_mnist():
 
 @pytest.fixture
 def heed_ctrl_c():
-    """Popen's preexec_fn for a child that is sent SIGINT, which what runs in the background ignores.
-    """
+    """Popen's preexec_fn for a child that is sent SIGINT: in the background that is ignored."""
     return lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
