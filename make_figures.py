@@ -1,31 +1,32 @@
 """Draws the paper's figures and writes its tables from run folders; trains nothing.
 
-    python make_figures.py                   # every figure and table that the runs at hand allow
-    python make_figures.py table2 fig7       # these
+    python make_figures.py                   # every figure and table that the finished runs allow
+    python make_figures.py table2 7          # only these
 
-A figure is a PDF and a PNG, with a CSV of exactly the numbers drawn, in figures/PRESET/; a table is
-Markdown, LaTeX (tables.tex puts all of them on a page) and CSV. Each says what it was made from,
-figures at the foot and tables at the head; runs.csv beside them has a line for every run. Errors
-are means over trials; bars and bands are standard errors (ddof 1). Where runs are missing it says
-which, and the command that makes them.
+A figure is a PDF and a PNG beside a CSV of exactly the numbers drawn, in figures/PRESET/; a table is Markdown and CSV.
+Each says what it was made from: a figure at its foot, a table at its head. runs.csv has a line for every run. Errors
+are means over trials; bars and bands are standard errors (ddof 1). If runs are missing, the output names them and the
+command that makes them.
 """
 
 import csv
-import functools
 import io
-import json
 import math
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import study
 import common
+import folders
+import robustness
+from study import experiment_of
+from finished import CONVNET, DENSENET, MLP, FinishedRuns, joint, mean_and_error, trained, trained_in
 
 import matplotlib
 import numpy as np
 import torch
-import yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,7 +36,7 @@ plt.rcParams.update({
     "font.size": 9, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "pdf.fonttype": 42,
 })
-# Okabe and Ito's colours, which the colour-blind can tell apart; marker and dash do it in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; marker and dash tell them apart in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
           {"color": ORANGE, "marker": "s", "linestyle": "--"},
@@ -45,226 +46,8 @@ STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
 PAPER = {"linestyle": "none", "marker": "*", "markersize": 11, "markerfacecolor": "white",
          "markeredgecolor": "black", "zorder": 5}
 
-# --- The runs of a figure ----------------------------------------------------------------------
+# --- Figures -------------------------------------------------------------------------------------
 
-
-class Study:
-    """The runs of one preset: it finds those of a figure, and knows which are missing for it."""
-
-    def __init__(self, results, name, drop):
-        self.results, self.name, self.drop = results, name, drop
-        self.preset, self.paper = common.load_preset(name), common.load_preset("paper")
-        self.published = yaml.safe_load((common.HERE / "published.yaml").read_text())
-        self.whole_run = functools.cache(common.whole_run)      # every file is checked once
-        self.begin()
-
-    def begin(self):
-        """What is found from here on is for one figure."""
-        self.used, self.missing = {}, {}    # folder -> run.json; (experiment, configuration, ...)
-
-    @property
-    def results_flag(self):
-        """For a command that reads these results."""
-        return f" --results {self.results}" if self.results != Path("results") else ""
-
-    def block(self, experiment, preset=None):
-        """The settings of an experiment in this preset, or in another."""
-        return common.experiment_settings(preset or self.preset, self.name,
-                                          common.experiment_of(experiment))
-
-    def find(self, experiment, configuration, method):
-        """(run.json, folder) by trial of the finished runs of one method; notes what is missing."""
-        folder = self.results / self.name / experiment / configuration / method
-        found = [(self.whole_run(path.parent), path.parent)
-                 for path in sorted(folder.glob("trial*/run.json"))]
-        there = {record["trial"] for record, _ in found}
-        self.missing |= {(experiment, configuration, method, trial): None
-                         for trial in range(self.block(trained_in(experiment))["trials"])
-                         if trial not in there}
-        return found
-
-    def runs(self, experiment, configuration, method):
-        """`find`, for runs that are to be drawn: those of one method must have equal settings."""
-        found = self.find(experiment, configuration, method)
-        settings = [{key: value for key, value in record["settings"].items() if key != "weights"}
-                    for record, _ in found]         # a robustness run names the weights it measured
-        for other, (_, path) in zip(settings, found, strict=True):
-            self.refuse_difference(settings[0], other, path)
-        self.used |= {path: record for record, path in found}
-        return found
-
-    def refuse_difference(self, one, other, folder):
-        """Runs of other settings must not meet in a mean, nor in a figure."""
-        if found := common.difference(one, other):
-            key, value, another = found
-            raise common.Refused(f"{self.results / self.name} mixes runs with {key} {value!r} and "
-                                 f"{another!r}, as in {folder}: remove those of one kind")
-
-    def curves(self, configuration, method):
-        """The robustness curves of one method by trial: x (X,) and mean error over repeats (X,)."""
-        found = self.runs(f"robustness-{self.drop}", configuration, method)
-        if len(found) < self.block("mlp_fmnist")["trials"]:         # is it trained at all?
-            self.find("mlp_fmnist", configuration, method)
-        histories = [common.load_history(folder) for _, folder in found]
-        x = "probability" if self.drop == "probability" else "dropped"
-        return [(history[x], 100 * history["error"].mean(0)) for history in histories]
-
-    def lambdas(self, experiment, configuration):
-        """The lambdas planned for a configuration, and any others that were run."""
-        there = (self.results / self.name / experiment / configuration).glob("joint-*/trial*")
-        planned = self.block(experiment)["configurations"][configuration]["lambdas"]
-        return sorted({float(path.parent.name.removeprefix("joint-")) for path in there}
-                      | set(planned))
-
-    def histories(self, experiment, configuration, method):
-        """(run.json, history.npz) by trial of the runs of one method, without diverged ones."""
-        return [(record, common.load_history(folder))
-                for record, folder in self.runs(experiment, configuration, method)
-                if record["result"]["diverged_at_epoch"] is None]
-
-    def point(self, experiment, configuration, method, key="test_ensemble_error",
-              name="test_error_percent"):
-        """One number of a configuration and method over its trials, as a row of a figure's CSV."""
-        results = [record["result"] for record, _ in self.runs(experiment, configuration, method)]
-        scale = 100 if name.endswith("_percent") else 1
-        values = [scale * r[key] for r in results if r["diverged_at_epoch"] is None]
-        mean, error = mean_and_error(values)
-        return {"configuration": configuration, "method": method, "n": len(values),
-                "diverged": len(results) - len(values), name: mean, "standard_error": error}
-
-    def provenance(self):
-        """Lines that say what was used. Raises Refused if runs of other settings are mixed."""
-        if not self.used:
-            return "computed from the definitions of the networks; nothing was trained for it"
-        lines = [line for experiment in dict.fromkeys(
-            trained_in(record["experiment"]) for record in self.used.values())
-            for line in self._provenance_of(experiment)]
-        records = self.used.values()
-        devices = ", ".join(sorted({record["machine"]["device"] for record in records}))
-        commits = ", ".join(sorted({str(record["machine"]["commit"]) for record in records}))
-        return "\n".join([*lines, f"{devices} · commit {commits}"])
-
-    def _provenance_of(self, experiment):
-        """A line on the data and the size of one experiment, and one on what was reduced, if so."""
-        used = {path: record for path, record in self.used.items()
-                if trained_in(record["experiment"]) == experiment}
-        keys = ("data", "epochs", "train", "validation", "test", "batch", "augment", "momentum",
-                "nesterov", "decay", "seed", "precision", "padding", "batchnorm")
-        settings = {path: {key: trained(record).get(key) for key in keys}
-                    for path, record in used.items()}
-        s = next(iter(settings.values()))
-        for path, other in settings.items():
-            self.refuse_difference(s, other, path)
-        decays = {path: {"weight_decay": trained(record)["weight_decay"]} for path, record in
-                  used.items() if record["method"] != "independent"}    # which has one of its own
-        for path, other in decays.items():
-            self.refuse_difference(next(iter(decays.values())), other, path)
-        data = {"real": f"{s['data']['name']} (real)", "synthetic": "SYNTHETIC STAND-IN DATA",
-                "folder": f"NOT THE PAPER'S DATA: {s['data']['name']}"}[s["data"]["source"]]
-        images = f"{s['train']:,} training images" if s["train"] else "all training images"
-        trials = len({record["trial"] for record in used.values()})
-        diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in used.values())
-        paper = self.block(experiment, self.paper)
-
-        def counted(n, key):
-            paper_has = f" (paper: {paper[key]})" if n != paper[key] else ""
-            return f"{n} {key if n != 1 else key.removesuffix('s')}{paper_has}"
-        yield (f"{experiment}: {data} · preset {self.name}: {images}, "
-               f"{counted(s['epochs'], 'epochs')}, {counted(trials, 'trials')}"
-               + (f", {s['precision']}" if s["precision"] else "")
-               + (f" · {diverged} diverged, left out of the means" if diverged else ""))
-        shared = s | next(iter(decays.values()), {})
-        if reduced := "; ".join(reductions(experiment, paper, shared, used.values())):
-            yield f"reduced: {reduced}"
-
-    def real(self):
-        """Only then are the paper's numbers drawn beside ours, and compared in a table."""
-        return all(trained(record)["data"]["source"] == "real" for record in self.used.values())
-
-    def commands(self, wanted, used):
-        """What makes the runs `wanted`, keys as in `missing`, on the data of those in use."""
-        def flags(runs):
-            names = dict.fromkeys(configuration for _, configuration, _, _ in runs)
-            lambdas = sorted({float(method.removeprefix("joint-")) for _, _, method, _ in runs
-                              if method.startswith("joint-")})
-            return " ".join([
-                f"--preset {self.name} --only {' '.join(names)}",
-                *(["--lambdas", *map(common.lambda_name, lambdas)] if lambdas else [])]
-            ) + self.results_flag
-
-        dropping = [run for run in wanted if run[0] != trained_in(run[0])]
-        training = [run for run in wanted if run not in dropping]
-        for experiment in dict.fromkeys(run[0] for run in training):
-            runs = [run for run in training if run[0] == experiment]
-            methods = dict.fromkeys(method.split("-")[0] for _, _, method, _ in runs)
-            record = next((record for record in used.values()
-                           if trained_in(record["experiment"]) == experiment), None)
-            source = trained(record)["data"]["source"] if record else "real"
-            yield (f"python train_{experiment}.py {flags(runs)} --methods {' '.join(methods)}"
-                   + (f" --data {source}" if source != "real" else "")
-                   + (f" --data-dir {record['data_from']}" if source == "folder" else ""))
-        if dropping:
-            yield f"python robustness.py {flags(dropping)}" + (
-                "" if self.drop == "example" else f" --drop {self.drop}")
-
-    def what_is_missing(self):
-        """A line for every configuration and method, with its trials."""
-        trials = {}
-        for experiment, configuration, method, trial in self.missing:
-            kind = "" if experiment == trained_in(experiment) else f" {experiment}"
-            trials.setdefault(f"{configuration} {method}{kind}", []).append(str(trial))
-        return [f"{what}, trial {' '.join(which)}" for what, which in trials.items()]
-
-
-def reductions(experiment, paper, shared, records):
-    """What was trained otherwise than the paper has it: a part for all, one for a configuration."""
-    def differences(keys, mine, theirs):
-        return [f"{key} {setting(mine[key])} (paper: {setting(theirs[key])})"
-                for key in keys if key in mine and mine[key] != theirs[key]]
-
-    network = [key for key in ("members", *common.experiment_of(experiment).network)
-               if key != "precision"]
-    own = {record["configuration"]: differences(
-        network, trained(record), paper["configurations"][record["configuration"]])
-        for record in records if record["configuration"] in paper["configurations"]}
-    first, *others = own.values() or [[]]
-    all_have = [text for text in first if others and all(text in other for other in others)]
-    everywhere = differences(("validation", "test", "batch", "augment", "decay", "momentum",
-                              "nesterov", "weight_decay"), shared, paper) + all_have
-    parts = {name: [text for text in texts if text not in all_have] for name, texts in own.items()}
-    return [", ".join(everywhere)] * bool(everywhere) + [
-        f"{name}: {', '.join(texts)}" for name, texts in parts.items() if texts]
-
-
-def setting(value):
-    """A value of presets.yaml as a caption has it."""
-    if value is None or value == []:
-        return "all" if value is None else "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def trained_in(experiment):
-    """The training experiment: itself, and of the robustness runs that are drawn the MLPs'."""
-    return "mlp_fmnist" if experiment.startswith("robustness") else experiment
-
-
-def trained(record):
-    """The settings that a run was trained with; of a robustness run, the run that it measured."""
-    return record["settings"].get("trained", record["settings"])
-
-
-def mean_and_error(values, axis=None):
-    """The mean over trials and its standard error (ddof 1; nan for a single trial)."""
-    values = np.asarray(values, float)
-    if values.size == 0:
-        return math.nan, math.nan
-    n = values.size if axis is None else values.shape[axis]
-    if n == 1:
-        return values.mean(axis), np.full_like(values.mean(axis), math.nan)[()]
-    return values.mean(axis), values.std(axis, ddof=1) / math.sqrt(n)
-
-
-# --- Figures -----------------------------------------------------------------------------------
 
 def percent(row):
     return row["test_error_percent"], row["standard_error"]
@@ -274,45 +57,51 @@ def lambda_axis(ax, lambdas):
     """Spreads 0.9 ... 1 apart: lambda is drawn at -log10(1.01 - lambda)."""
     ax.set_xscale("function", functions=(lambda x: -np.log10(np.clip(1.01 - x, 1e-3, None)),
                                          lambda y: 1.01 - 10.0 ** -y))
-    ax.set_xticks(lambdas, [common.lambda_name(x) for x in lambdas])
+    ax.set_xticks(lambdas, [f"{lam:g}" for lam in lambdas])
     ax.set_xticks([], minor=True)
     ax.set_xlim(-0.12, 1.0012)
     ax.set_xlabel("λ  (0: independent, 1: end-to-end; not to scale)")
 
 
-def single_network(ax, study, rows):
+def error_line(ax, lambdas, rows, style, label, key="test_error_percent", markersize=5):
+    """A line over lambda with standard errors, of the rows that have runs; returns its (lambdas, means)."""
+    some = [(lam, row[key], row["standard_error"]) for lam, row in zip(lambdas, rows, strict=True) if row["n"]]
+    if not some:
+        return [], []
+    x, mean, error = zip(*some, strict=True)
+    ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=markersize, label=label)
+    return x, mean
+
+
+def single_network(ax, runs, rows):
     """The 1x1024H network, as a dashed line with a band of one standard error."""
-    row = study.point("mlp_fmnist", "1x1024H", "joint-1")
+    row = runs.point(MLP, "1x1024H", "joint-1")
     rows.append(row)
     mean, error = percent(row)
     if row["n"]:
-        ax.axhline(mean, color=GREY, linestyle=(0, (5, 2)),
-                   label=f"1x1024H, one network ({mean:.1f} %)")
+        ax.axhline(mean, color=GREY, linestyle=(0, (5, 2)), label=f"1x1024H, one network ({mean:.1f} %)")
         if row["n"] > 1:
             ax.axhspan(mean - error, mean + error, color=GREY, alpha=0.2, linewidth=0)
 
 
-def fig2(study):
+def fig2(runs):
     """Fig. 2: one large network against the 256x4H ensemble, trained in five ways."""
     fig, ax = plt.subplots()
     methods = {"bagging": "Bagging", "stacking": "Stacking", "joint-0": "Independent\nλ = 0",
                "joint-1": "End-to-end\nλ = 1", "joint-0.95": "Joint\nλ = 0.95"}
-    rows = [study.point("mlp_fmnist", "256x4H", method) for method in methods]
+    rows = [runs.point(MLP, "256x4H", method) for method in methods]
     colours = [GREY, GREY, BLUE, ORANGE, GREEN]
-    printed = study.published["fig2"]["test_error_percent"]
+    printed = runs.published["fig2"]["test_error_percent"]
     for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         row["published_percent"] = printed["256x4H"].get(row["method"], "")
         mean, error = percent(row)
         if row["n"]:
-            ax.bar(x, mean, 0.62, color=colour, alpha=0.85,
-                   yerr=error if row["n"] > 1 else None, capsize=3)
-            ax.annotate(f"{mean:.1f}", (x, 0), (0, 4), textcoords="offset points", ha="center",
-                        color="white", fontweight="bold")
-        else:
-            ax.annotate("not run", (x, 0), (0, 4), textcoords="offset points", ha="center")
-    single_network(ax, study, rows)
+            ax.bar(x, mean, 0.62, color=colour, alpha=0.85, yerr=error if row["n"] > 1 else None, capsize=3)
+        ax.annotate(f"{mean:.1f}" if row["n"] else "not run", (x, 0), (0, 4), textcoords="offset points", ha="center",
+                    color="white" if row["n"] else "black", fontweight="bold" if row["n"] else None)
+    single_network(ax, runs, rows)
     rows[-1]["published_percent"] = printed["1x1024H"]["joint-1"]
-    if study.real():
+    if runs.real():
         at = list(methods)
         ax.plot([at.index(method) for method in printed["256x4H"]], printed["256x4H"].values(),
                 **PAPER, label="printed in the paper")
@@ -327,28 +116,23 @@ def fig2(study):
     return fig, rows
 
 
-def fig3(study):
+def fig3(runs):
     """Fig. 3: test error against lambda, four ways to spend 815,000 parameters."""
     fig, ax = plt.subplots()
     rows, every = [], set()
-    printed = study.published["fig2"]["test_error_percent"]
+    printed = runs.published["fig2"]["test_error_percent"]
     for configuration, style in zip(("256x4H", "64x16H", "16x64H"), STYLES, strict=False):
-        lambdas = study.lambdas("mlp_fmnist", configuration)
+        lambdas = runs.lambdas(MLP, configuration)
         every |= set(lambdas)
-        points = [study.point("mlp_fmnist", configuration, f"joint-{common.lambda_name(lam)}")
-                  for lam in lambdas]
+        points = [runs.point(MLP, configuration, joint(lam)) for lam in lambdas]
         rows += points
-        drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
-        if drawn:
-            x, mean, error = zip(*drawn, strict=True)
-            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=5,
-                        label=f"{configuration}")
-    single_network(ax, study, rows)
+        error_line(ax, lambdas, points, style, configuration)
+    single_network(ax, runs, rows)
     for row in rows:
         own = row["configuration"] == "256x4H"
         row["published_percent"] = printed["256x4H"].get(row["method"], "") if own else ""
     rows[-1]["published_percent"] = printed["1x1024H"]["joint-1"]
-    if study.real():
+    if runs.real():
         ax.plot([float(method.removeprefix("joint-")) for method in printed["256x4H"]],
                 printed["256x4H"].values(), **PAPER, label="256x4H, printed in the paper")
     lambda_axis(ax, sorted(every))
@@ -356,11 +140,11 @@ def fig3(study):
     return fig, rows
 
 
-def robustness_figure(study, configuration):
+def robustness_figure(runs, configuration):
     fig, ax = plt.subplots()
     rows = []
     for method, style in zip(("joint-0", "joint-0.99", "joint-1"), STYLES, strict=False):
-        curves = study.curves(configuration, method)
+        curves = runs.curves(configuration, method)
         if not curves:
             continue
         x = curves[0][0]
@@ -368,52 +152,43 @@ def robustness_figure(study, configuration):
         ax.plot(x, mean, **style, markevery=max(1, len(x) // 12), markersize=4,
                 label=f"λ = {method.removeprefix('joint-')}")
         ax.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
-        share = x if study.drop == "probability" else x / (x[-1] + 1)
-        rows += [{"configuration": configuration, "method": method, "n": len(curves),
-                  "dropped": at, "dropped_percent": 100 * part, "test_error_percent": m,
-                  "standard_error": e}
+        share = x if runs.drop == "probability" else x / (x[-1] + 1)
+        rows += [{"configuration": configuration, "method": method, "n": len(curves), "dropped": at,
+                  "dropped_percent": 100 * part, "test_error_percent": m, "standard_error": e}
                  for at, part, m, e in zip(x, share, mean, error, strict=True)]
     ax.set_ylabel("test error (%)")
-    if study.drop == "probability":
+    if runs.drop == "probability":
         ax.set_xlabel("probability that a member is dropped")
     elif rows:
         members = 1 + max(row["dropped"] for row in rows)
         ax.set_xlabel(f"members dropped of {members}, " + (
-            "at random for every test example" if study.drop == "example" else "the same at random "
-            "for all test examples"))
-        top = ax.secondary_xaxis("top", functions=(lambda x: 100 * x / members,
-                                                   lambda x: x * members / 100))
+            "at random for every test example" if runs.drop == "example" else "the same at random for all test "
+            "examples"))
+        top = ax.secondary_xaxis("top", functions=(lambda x: 100 * x / members, lambda x: x * members / 100))
         top.set_xlabel("members dropped (%)")
     ax.set_title(configuration, fontsize=9)
     return fig, rows
 
 
-def fig7(study):
+def fig7(runs):
     """Fig. 7: test error of 256x4H against the number of members dropped."""
-    return robustness_figure(study, "256x4H")
+    return robustness_figure(runs, "256x4H")
 
 
-def fig8(study):
+def fig8(runs):
     """Fig. 8: test error of 64x16H against the number of members dropped."""
-    return robustness_figure(study, "64x16H")
+    return robustness_figure(runs, "64x16H")
 
 
-def fig9(study):
+def fig9(runs):
     """Fig. 9: ensemble and mean member test loss of 64x16H against lambda."""
     fig, ax = plt.subplots()
-    rows, lambdas = [], study.lambdas("mlp_fmnist", "64x16H")
+    rows, lambdas = [], runs.lambdas(MLP, "64x16H")
     for key, label, style in (("test_mean_member_loss", "mean of the members", STYLES[1]),
                               ("test_ensemble_loss", "ensemble", STYLES[0])):
-        points = [study.point("mlp_fmnist", "64x16H", f"joint-{common.lambda_name(lam)}", key,
-                              "cross_entropy")
-                  for lam in lambdas]
+        points = [runs.point(MLP, "64x16H", joint(lam), key, "cross_entropy") for lam in lambdas]
         rows += [{"loss": key, **row} for row in points]
-        drawn = [(lam, row["cross_entropy"], row["standard_error"])
-                 for lam, row in zip(lambdas, points, strict=True) if row["n"]]
-        if drawn:
-            x, mean, error = zip(*drawn, strict=True)
-            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=5,
-                        label=label)
+        error_line(ax, lambdas, points, style, label, "cross_entropy")
     lambda_axis(ax, lambdas)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("test cross entropy (nats)")
@@ -421,34 +196,29 @@ def fig9(study):
     return fig, rows
 
 
-def fig4(study):
+def fig4(runs):
     """Fig. 4: test error of five ConvNet ensembles against lambda, the minimum of each marked."""
     fig, ax = plt.subplots()
     rows, every = [], set()
-    for configuration, style in zip(study.published["table4"]["rows"], STYLES, strict=True):
-        lambdas = study.lambdas("convnet_cifar", configuration)
+    for configuration, style in zip(runs.published["table4"]["rows"], STYLES, strict=True):
+        lambdas = runs.lambdas(CONVNET, configuration)
         every |= set(lambdas)
         points = []
         for lam in lambdas:
-            method = f"joint-{common.lambda_name(lam)}"
-            points.append(study.point("convnet_cifar", configuration, method))
-            validation = [100 * record["result"].get("validation_error", math.nan) for record, _ in
-                          study.histories("convnet_cifar", configuration, method)]
+            points.append(runs.point(CONVNET, configuration, joint(lam)))
+            validation = [100 * record["result"].get("validation_error", math.nan)
+                          for record, _ in runs.histories(CONVNET, configuration, joint(lam))]
             points[-1]["validation_error_percent"] = mean_and_error(validation)[0]
-        drawn = [(lam, *percent(row)) for lam, row in zip(lambdas, points, strict=True) if row["n"]]
-        if drawn:
-            x, mean, error = zip(*drawn, strict=True)
-            ax.errorbar(x, mean, np.nan_to_num(error), **style, capsize=2, markersize=4,
-                        label=configuration)
+        x, mean = error_line(ax, lambdas, points, style, configuration, markersize=4)
+        if x:
             best = int(np.argmin(mean))
             ax.plot(x[best], mean[best], "o", markersize=12, markerfacecolor="none",
                     markeredgecolor=style["color"], clip_on=False)
             for row in points:
-                row["minimum"] = row["method"] == f"joint-{common.lambda_name(x[best])}"
+                row["minimum"] = row["method"] == joint(x[best])
         rows += points
-    ax.plot([], [], "o", markersize=10, markerfacecolor="none", markeredgecolor=GREY,
-            label="minimum")
-    ax.set_xticks(sorted(every), map(common.lambda_name, sorted(every)))
+    ax.plot([], [], "o", markersize=10, markerfacecolor="none", markeredgecolor=GREY, label="minimum")
+    ax.set_xticks(sorted(every), [f"{lam:g}" for lam in sorted(every)])
     ax.set_xlabel("λ  (0: independent, 1: end-to-end)")
     ax.set_ylabel("test error (%)")
     fig.legend(loc="outside upper center", ncols=3, frameon=False)
@@ -469,21 +239,19 @@ def filter_montage(filters, scale):
 
 def first_layer(folder, record):
     """The first filters (M, F, C, 3, 3) of a trained run of ConvNets."""
-    weights = common.load_weights(folder, "cpu")
-    return torch.stack([weights[f"members.{m}.0.weight"]
-                        for m in range(record["settings"]["members"])])
+    weights = folders.load_weights(folder, "cpu")
+    return torch.stack([weights[f"members.{m}.0.weight"] for m in range(record["settings"]["members"])])
 
 
-def fig5(study):
+def fig5(runs):
     """Fig. 5: first-layer filters of ten ConvNets, independent and end-to-end, to one scale."""
     configuration = "10xConvNet-0.29M"
     sides = {"joint-0": "independent, λ = 0", "joint-1": "end-to-end, λ = 1"}
-    fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.2), height_ratios=[3.4, 1], sharey="row",
-                             squeeze=False)
+    fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.2), height_ratios=[3.4, 1], sharey="row", squeeze=False)
     rows, shown = [], {}
     for method in sides:
-        for record, history in study.histories("convnet_cifar", configuration, method):
-            folder = study.results / study.name / "convnet_cifar" / configuration / method
+        for record, history in runs.histories(CONVNET, configuration, method):
+            folder = runs.results / runs.name / CONVNET / configuration / method
             filters = first_layer(folder / f"trial{record['trial']}", record)
             norms = filters.flatten(1).norm(dim=1).tolist()
             own = [{"configuration": configuration, "method": method, "trial": record["trial"],
@@ -504,8 +272,7 @@ def fig5(study):
         members = len(filters)
         image.imshow(filter_montage(filters, scale), aspect="auto", interpolation="nearest",
                      extent=(-0.5, members - 0.5, 0, 1))
-        error = 100 * record["result"]["test_ensemble_error"]
-        image.set_title(f"{title}\ntest error {error:.1f} %", fontsize=8)
+        image.set_title(f"{title}\ntest error {100 * record['result']['test_ensemble_error']:.1f} %", fontsize=8)
         x = np.arange(members)
         bars.bar(x - 0.2, [row["filter_norm"] for row in own], 0.4, color=BLUE,
                  label="norm of the member's first-layer filters")
@@ -514,114 +281,98 @@ def fig5(study):
         bars.set_xticks(x, x + 1)
         bars.set_xlabel(f"member (trial {record['trial']})")
     axes[1, 0].set_ylabel("norm, relative distance")
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2,
-               frameon=False)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return fig, rows
 
 
 def dominance(record, history):
     """How far one member is ahead of the others, in points of error: a row of Fig. 6's numbers.
 
-    dominance is the median member's error less the best member's, at the reported epoch. The gap at
-    epoch 3 is that between the two lowest training errors.
+    dominance is the median member's error minus the best member's, at the reported epoch. The gap at epoch 3 is that
+    between the two lowest training errors.
     """
     at = record["result"]["epoch"] - 1
-    row = {"configuration": record["configuration"],
-           "method": f"joint-{common.lambda_name(record['lambda'])}", "trial": record["trial"]}
+    row = {"configuration": record["configuration"], "method": joint(record["lambda"]), "trial": record["trial"]}
     for part, errors, ensemble in (
             ("train", history["train_member_error"][at], history["train_ensemble_error"][at]),
-            ("test", history["reported_test_member_error"],
-             record["result"]["test_ensemble_error"])):
+            ("test", history["reported_test_member_error"], record["result"]["test_ensemble_error"])):
         best, second = np.sort(errors)[:2]
         row |= {f"{part}_{name}": 100 * float(value) for name, value in (
-            ("ensemble_error", ensemble), ("best_member_error", best),
-            ("second_best_member_error", second), ("median_member_error", np.median(errors)),
-            ("dominance", np.median(errors) - best))}
-    early = history["train_member_error"][2] if len(history["train_member_error"]) > 2 else None
-    end = int(history["train_member_error"][at].argmin())
-    if early is not None:
+            ("ensemble_error", ensemble), ("best_member_error", best), ("second_best_member_error", second),
+            ("median_member_error", np.median(errors)), ("dominance", np.median(errors) - best))}
+    if len(history["train_member_error"]) > 2:
+        early, end = history["train_member_error"][2], int(history["train_member_error"][at].argmin())
         best, second = np.sort(early)[:2]
         row |= {"best_member_at_epoch_3": int(early.argmin()) + 1, "best_member_at_end": end + 1,
                 "same": int(early.argmin()) == end, "gap_at_epoch_3": 100 * float(second - best)}
     return row
 
 
-def fig6(study):
+def fig6(runs):
     """Fig. 6: errors of the ensemble and of every member, at the end and epoch by epoch."""
     fig, axes = plt.subplots(2, 4, figsize=(10, 5.2))
     rows, numbers = [], []
-    for line, (experiment, configuration) in zip(axes, (
-            ("densenet_cifar", "DN-High"), ("mlp_fmnist", "256x4H")), strict=True):
-        lambdas = study.lambdas(experiment, configuration)
-        ends, last = [], []
+    for line, (experiment, configuration) in zip(axes, ((DENSENET, "DN-High"), (MLP, "256x4H")), strict=True):
+        lambdas, ends, last = runs.lambdas(experiment, configuration), [], []
         for lam in lambdas:
-            found = study.histories(experiment, configuration, f"joint-{common.lambda_name(lam)}")
+            found = runs.histories(experiment, configuration, joint(lam))
             numbers += [dominance(*one) for one in found if one[0]["settings"]["members"] > 1]
             for record, history in found:
                 at = record["result"]["epoch"] - 1
-                ends.append((lam, record["trial"],
-                             (history["train_ensemble_error"][at],
-                              history["train_member_error"][at]),
-                             (record["result"]["test_ensemble_error"],
-                              history["reported_test_member_error"])))
+                ends.append((lam, record["trial"], (history["train_ensemble_error"][at],
+                                                    history["train_member_error"][at]),
+                             (record["result"]["test_ensemble_error"], history["reported_test_member_error"])))
             last = found if lam == 1 else last
         for part, ax in enumerate(line[:2]):
             ax.set_title(f"{configuration}: {('training', 'test')[part]} error, end", fontsize=8)
             for lam, trial, *scores in ends:
                 ensemble, members = scores[part]
-                ax.plot(np.full(len(members), lam), 100 * members, "_", color=GREY, alpha=0.5,
-                        markersize=9)
-                rows += error_rows(configuration, lam, trial, ("train", "test")[part], "end",
-                                   ensemble, members)
+                ax.plot(np.full(len(members), lam), 100 * members, "_", color=GREY, alpha=0.5, markersize=9)
+                rows += error_rows(configuration, lam, trial, ("train", "test")[part], "end", ensemble, members)
             at = sorted({lam for lam, *_ in ends})
-            means = [mean_and_error([100 * scores[part][0] for x, _, *scores in ends if x == lam])
-                     for lam in at]
+            means = [mean_and_error([100 * scores[part][0] for x, _, *scores in ends if x == lam]) for lam in at]
             if at:
                 mean, error = zip(*means, strict=True)
                 ax.errorbar(at, mean, np.nan_to_num(error), **STYLES[0], markersize=4, capsize=2)
-            if experiment == "mlp_fmnist":
+            if experiment == MLP:
                 lambda_axis(ax, lambdas)
                 ax.tick_params("x", labelsize=6.5)
             else:
-                ax.set_xticks(lambdas, map(common.lambda_name, lambdas), fontsize=6.5)
-            ax.set_xlabel("λ" if experiment != "mlp_fmnist" else "λ (not to scale)")
+                ax.set_xticks(lambdas, [f"{lam:g}" for lam in lambdas], fontsize=6.5)
+            ax.set_xlabel("λ" if experiment != MLP else "λ (not to scale)")
             ax.set_ylabel("error (%)")
         if not ends:
             for ax in line:
                 ax.annotate("not run", (0.5, 0.5), xycoords="axes fraction", ha="center")
-        held_out = "validation" if study.block(experiment)["validation"] else "test"
-        if last:                                            # as it was trained, whatever is planned
-            held_out = "validation" if last[0][0]["settings"]["validation"] else "test"
+        block = last[0][0]["settings"] if last else runs.block(experiment)
+        held_out = "validation" if block["validation"] else "test"
         for ax, part in zip(line[2:], ("train", held_out), strict=True):
-            words = {"train": "training"}.get(part, part)
-            ax.set_title(f"{configuration}: {words} error, λ = 1", fontsize=8)
+            ax.set_title(f"{configuration}: {'training' if part == 'train' else part} error, λ = 1", fontsize=8)
             for record, history in last:
-                ensemble = history[f"{part}_ensemble_error"]
-                members = history[f"{part}_member_error"]                       # (epochs, M)
+                ensemble, members = history[f"{part}_ensemble_error"], history[f"{part}_member_error"]  # (epochs, M)
                 for epoch in range(len(members)):
-                    rows += error_rows(configuration, 1.0, record["trial"], part, epoch + 1,
-                                       ensemble[epoch], members[epoch])
+                    rows += error_rows(configuration, 1.0, record["trial"], part, epoch + 1, ensemble[epoch],
+                                       members[epoch])
             if last:                                                    # the first trial is drawn
                 record, history = last[0]
                 members = 100 * history[f"{part}_member_error"]
                 best = history["train_member_error"][record["result"]["epoch"] - 1].argmin()
                 x = np.arange(1, len(members) + 1)
-                ax.plot(x, members, color=GREY, alpha=0.7 if members.shape[1] < 20 else 0.12,
-                        linewidth=0.8)
+                ax.plot(x, members, color=GREY, alpha=0.7 if members.shape[1] < 20 else 0.12, linewidth=0.8)
                 ax.plot(x, members[:, best], color=ORANGE, linewidth=1.5, linestyle="--")
                 ax.plot(x, 100 * history[f"{part}_ensemble_error"], color=BLUE, linewidth=1.8)
             ax.axvline(3, color="black", linewidth=0.8, linestyle=":")
             ax.set_xlabel(f"epoch (trial {last[0][0]['trial'] if last else 0})")
             ax.xaxis.get_major_locator().set_params(integer=True)
-    for axis_row in axes:                    # one scale a row and quantity: train beside test
-        for pair in (axis_row[:2], axis_row[2:]):
+    for line in axes:                        # one scale for a row and quantity: training beside test
+        for pair in (line[:2], line[2:]):
             low, high = zip(*(ax.get_ylim() for ax in pair), strict=True)
             for ax in pair:
                 ax.set_ylim(min(low), max(high))
     handles = [plt.Line2D([], [], color=BLUE, marker="o", markersize=4, label="ensemble"),
                plt.Line2D([], [], color=GREY, marker="_", label="a member"),
-               plt.Line2D([], [], color=ORANGE, linestyle="--", label="the member with the lowest "
-                          "training error at the end"),
+               plt.Line2D([], [], color=ORANGE, linestyle="--", label="the member with the lowest training error at "
+                          "the end"),
                plt.Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="epoch 3")]
     fig.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return fig, {"": rows, "-dominance": numbers}
@@ -629,127 +380,90 @@ def fig6(study):
 
 def error_rows(configuration, lam, trial, part, epoch, ensemble, members):
     """Rows of Fig. 6's CSV: the ensemble's error and every member's, numbered from 1."""
-    at = {"configuration": configuration, "method": f"joint-{common.lambda_name(lam)}",
-          "trial": trial, "part": part, "epoch": epoch}
+    at = {"configuration": configuration, "method": joint(lam), "trial": trial, "part": part, "epoch": epoch}
     return [{**at, "who": who, "error_percent": 100 * float(value)} for who, value in
             (("ensemble", ensemble), *((f"member {m + 1}", e) for m, e in enumerate(members)))]
 
 
-FIGURES = {"fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig6": fig6, "fig7": fig7,
-           "fig8": fig8, "fig9": fig9}
+FIGURES = {"2": fig2, "3": fig3, "4": fig4, "5": fig5, "6": fig6, "7": fig7, "8": fig8, "9": fig9}
 
-# --- Tables ------------------------------------------------------------------------------------
+# --- Tables --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Table:
-    """A table as it is printed, its cells as text, and the rows of its CSV."""
+    """A table as it is printed, its cells as text (**bold**), and the rows of its CSV."""
     caption: str
     columns: list
-    cells: list           # rows of str; **bold** and ± are turned into LaTeX's
+    cells: list           # rows of str
     rows: list            # of dicts
     notes: list
 
 
-def untrained(experiment, settings):
-    """An ensemble that takes no memory: for counting, of 32x32 images in 100 classes."""
-    return _untrained(experiment, json.dumps({**settings, "precision": "fp32"}))
-
-
-@functools.cache        # three tables count the same networks
-def _untrained(experiment, settings):
+def parameters(experiment, settings):
+    """The parameters of an ensemble for 32x32 images in 100 classes; takes no memory."""
     with torch.device("meta"):
-        return common.experiment_of(experiment).build(
-            json.loads(settings), (3, 32, 32), 100, torch.Generator("cpu"))
-
-
-def parameters(ensemble):
+        ensemble = experiment_of(experiment).build(settings, (3, 32, 32), 100, torch.Generator("cpu"))
     return sum(p.numel() for p in ensemble.parameters())
 
 
-def bytes_saved_for_backward(ensemble, batch):
-    """What autograd keeps of a forward pass for the backward pass, weights left out, in bytes."""
-    kept = {}
-    weights = {p.untyped_storage()._cdata for p in ensemble.parameters()}
+def peak_on_cuda(runs, configuration):
+    """The largest peak of a configuration's joint runs on a GPU, as text, or that none was measured.
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage              # held, so that no two share an address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ensemble.train()(torch.empty(batch, 3, 32, 32, device="meta",
-                                     dtype=next(ensemble.parameters()).dtype))
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def peak_on_cuda(study, experiment, configuration):
-    """The largest peak of the joint runs of a configuration on a GPU, as text, or that none is.
-
-    It is that of the training steps: evaluation keeps nothing for a backward pass.
+    It is the peak of a training step: evaluation keeps nothing for a backward pass.
     """
     peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in sorted(
-        (study.results / study.name / experiment / configuration).glob("joint-*/trial*/run.json"))
-        if "peak_memory_bytes" in (record := common.read_run(path.parent))["result"]]
+        (runs.results / runs.name / DENSENET / configuration).glob("joint-*/trial*/run.json"))
+        if "peak_memory_bytes" in (record := folders.read_run(path.parent))["result"]]
     if not peaks:
         return "not measured on CUDA"
     peak, s = max(peaks, key=lambda pair: pair[0])
     return f"{peak / 1e9:.1f} GB (batch {s['batch']}, {s['precision']})"
 
 
-def table1(study):
+def table1(runs):
     """Table 1: the DenseNet ensembles, and what a training step takes."""
-    printed, cells, rows = study.published["table1"]["rows"], [], []
-    paper, mine = (study.block("densenet_cifar", preset) for preset in (study.paper, study.preset))
-    sizes = ("depth", "growth", "members")
-    for name, theirs in printed.items():
-        for block, label in ((paper, name), (mine, f"{name}, preset {study.name}")):
-            c = block["configurations"][name]
-            as_trained = all(c[k] == mine["configurations"][name][k] for k in sizes)
-            if block is mine and all(c[k] == paper["configurations"][name][k] for k in sizes):
+    paper, mine = (runs.block(DENSENET, preset) for preset in (runs.paper, runs.preset))
+    sizes, rows = ("depth", "growth", "members"), []
+    for name, printed in runs.published["table1"]["rows"].items():
+        for block in (paper, mine):
+            c, ours = (each["configurations"][name] for each in (block, mine))
+            as_trained = all(c[key] == ours[key] for key in sizes)
+            if block is mine and all(c[key] == paper["configurations"][name][key] for key in sizes):
                 continue
-            ensemble = untrained("densenet_cifar", c)
-            saved = bytes_saved_for_backward(ensemble, paper["batch"])
-            peak = (peak_on_cuda(study, "densenet_cifar", name) if as_trained
-                    else "not measured on CUDA")
-            row = {"configuration": label, "depth": c["depth"], "k": c["growth"], "M": c["members"],
-                   "parameters": parameters(ensemble), "bytes_saved_for_backward": saved,
-                   "peak_cuda_memory": peak}
-            row |= {"published_parameters": theirs["parameters"],
-                    "published_memory": theirs["memory"]} if block is paper else {}
+            saved = common.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
+                                                    (3, 32, 32), 100)
+            row = {"configuration": name if block is paper else f"{name}, preset {runs.name}", "depth": c["depth"],
+                   "k": c["growth"], "M": c["members"], "parameters": parameters(DENSENET, c),
+                   "bytes_saved_for_backward": saved,
+                   "peak_cuda_memory": peak_on_cuda(runs, name) if as_trained else "not measured on CUDA"}
+            if block is paper:
+                row |= {"published_parameters": printed["parameters"], "published_memory": printed["memory"]}
             rows.append(row)
-            cells.append([label, str(c["depth"]), str(c["growth"]), str(c["members"]),
-                          f"{row['parameters']:,}" + (
-                              f" (paper: {theirs['parameters']})" if block is paper else ""),
-                          f"{saved / 1e9:.1f} GB", peak + (
-                              f" (paper: {theirs['memory']})" if block is paper else "")])
+
+    def beside(text, row, key):
+        return f"{text} (paper: {row[key]})" if key in row else text
+
+    cells = [[row["configuration"], str(row["depth"]), str(row["k"]), str(row["M"]),
+              beside(f"{row['parameters']:,}", row, "published_parameters"),
+              f"{row['bytes_saved_for_backward'] / 1e9:.1f} GB",
+              beside(row["peak_cuda_memory"], row, "published_memory")] for row in rows]
     return Table("DenseNet ensembles on 32x32 images with 100 classes.",
-                 ["Name", "Depth", "k", "M", "Parameters", "Saved for backward", "Peak on a GPU"],
-                 cells, rows, [f"Saved for backward: the bytes that autograd keeps of one forward "
-                               f"pass at batch {paper['batch']} in fp32, counted and not measured; "
-                               "weights, gradients and momenta are not in it."])
+                 ["Name", "Depth", "k", "M", "Parameters", "Saved for backward", "Peak on a GPU"], cells, rows,
+                 [f"Saved for backward: the bytes that autograd keeps of one forward pass at batch {paper['batch']} in "
+                  "fp32, counted and not measured; weights, gradients and momenta are not in it."])
 
 
-def table2(study):
+def table2(runs):
     """Table 2: test error of the DenseNet ensembles by method."""
     methods = {"joint-0": "λ = 0 (independent)", "joint-0.5": "λ = 0.5", "joint-0.9": "λ = 0.9",
                "joint-1": "λ = 1 (end-to-end)", "bagging": "Bagging", "stacking": "Stacking",
                "independent": "Independent (own lr)"}
-    printed = study.published["table2"]["test_error_percent"]
-    others = {f"joint-{common.lambda_name(lam)}" for name in printed
-              for lam in study.lambdas("densenet_cifar", name)} - set(methods)
-    planned = study.block("densenet_cifar")["configurations"]
-    rows = {}
+    printed, rows = runs.published["table2"]["test_error_percent"], {}
+    others = sorted({joint(lam) for name in printed for lam in runs.lambdas(DENSENET, name)} - set(methods))
     for name, theirs in printed.items():
-        lambdas = [f"joint-{common.lambda_name(lam)}" for lam in planned[name]["lambdas"]]
-        for method in [*methods, *sorted(others)]:
-            wanted = method in lambdas or method in planned[name]["methods"]
-            there = (study.results / study.name / "densenet_cifar" / name / method).is_dir()
-            rows[method, name] = (study.point("densenet_cifar", name, method) if wanted or there
-                                  else {"configuration": name, "method": method, "n": 0,
-                                        "diverged": 0, "test_error_percent": math.nan,
-                                        "standard_error": math.nan})
+        for method in [*methods, *others]:
+            rows[method, name] = runs.point(DENSENET, name, method)
             rows[method, name]["published_percent"] = theirs.get(method, "")
         column = [row for (_, at), row in rows.items() if at == name]
         lowest = min((row["test_error_percent"] for row in column if row["n"]), default=None)
@@ -764,137 +478,94 @@ def table2(study):
         error = f" ± {row['standard_error']:.1f}" if row["n"] > 1 else ""
         return (f"**{mean}**" if row["minimum"] else mean) + error + f", n = {row['n']}" + theirs
 
-    cells = [[methods.get(method, f"λ = {method.removeprefix('joint-')}"),
-              *(cell(rows[method, name]) for name in printed)] for method in
-             [*methods, *sorted(others)]]
-    apart = [] if study.real() else ["The paper's values are of CIFAR-100: beside results on "
-                                     "other data they are no yardstick."]
+    cells = [[methods.get(method, f"λ = {method.removeprefix('joint-')}"), *(cell(rows[method, name])
+                                                                           for name in printed)]
+             for method in [*methods, *others]]
+    apart = [] if runs.real() else ["The paper's values are of CIFAR-100: results on other data do not compare."]
     return Table("Test error (%) of DenseNet ensembles; the minimum of each column is bold.",
                  ["", *printed], cells, list(rows.values()),
-                 [*apart,
-                  "Mean ± standard error over n trials. Independent (own lr): the sum of the "
-                  "members' losses, each member at the learning rate and weight decay of the "
-                  "shared loss; at λ = 0 the gradient is divided by M and the weight decay is "
-                  "not. It is not a row of the paper."])
+                 [*apart, "Mean ± standard error over n trials. Independent (own lr): the sum of the members' losses, "
+                  "each member at the learning rate and weight decay of the shared loss; at λ = 0 the gradient is "
+                  "divided by M and the weight decay is not. It is not a row of the paper."])
 
 
-def table3(study):
+def table3(runs):
     """Table 3: the DenseNet architectures, with computed counts."""
-    block, cells, rows = study.block("densenet_cifar", study.paper), [], []
-    for name, theirs in study.published["table1"]["rows"].items():
+    block, cells, rows = runs.block(DENSENET, runs.paper), [], []
+    for name, theirs in runs.published["table1"]["rows"].items():
         c = block["configurations"][name]
-        count = parameters(untrained("densenet_cifar", c))
-        rows.append({"configuration": name, "depth": c["depth"], "k": c["growth"],
-                     "modules": c["members"], "parameters": count,
-                     "published_parameters": theirs["parameters"]})
+        count = parameters(DENSENET, c)
+        rows.append({"configuration": name, "depth": c["depth"], "k": c["growth"], "modules": c["members"],
+                     "parameters": count, "published_parameters": theirs["parameters"]})
         cells.append([name, str(c["depth"]), str(c["growth"]), str(c["members"]),
                       f"{count:,} (paper: {theirs['parameters']})"])
-    return Table("DenseNet architectures, for 100 classes.",
-                 ["Name", "Depth", "k", "Modules", "Parameters"], cells, rows,
-                 ["Parameters are those of all modules together."])
+    return Table("DenseNet architectures, for 100 classes.", ["Name", "Depth", "k", "Modules", "Parameters"], cells,
+                 rows, ["Parameters are those of all modules together."])
 
 
-def table4(study):
+def table4(runs):
     """Table 4: the ConvNet architectures, with computed counts."""
-    block, cells, rows = study.block("convnet_cifar", study.paper), [], []
-    for name, theirs in study.published["table4"]["rows"].items():
+    block, cells, rows = runs.block(CONVNET, runs.paper), [], []
+    for name, theirs in runs.published["table4"]["rows"].items():
         c = block["configurations"][name]
-        count = parameters(untrained("convnet_cifar", c)) // c["members"]
-        theirs = theirs["parameters"]
+        count, theirs = parameters(CONVNET, c) // c["members"], theirs["parameters"]
         differs = theirs != f"{count / 1e6:.2f}M"
         rows.append({"configuration": name, "filters": " ".join(map(str, c["filters"])),
                      "strides": " ".join(map(str, c["strides"])), "parameters": count,
                      "published_parameters": theirs, "differs": differs})
         filters = ", ".join(f"**{f}**" if stride > 1 else str(f)
                             for f, stride in zip(c["filters"], c["strides"], strict=True))
-        cells.append([name, f"{count:,} (paper: {theirs})" + ("*" if differs else ""),
-                      str(len(c["filters"])), filters])
+        cells.append([name, f"{count:,} (paper: {theirs})" + "*" * differs, str(len(c["filters"])), filters])
     return Table("ConvNet architectures: 3x3 convolutions, stride 2 in bold, for 100 classes.",
                  ["Name", "Parameters of a member", "Layers", "Filters"], cells, rows,
-                 [f"* does not round to what the paper prints: {row['published_parameters']} "
-                  f"computes to {row['parameters'] / 1e6:.3f}M." for row in rows
-                  if row["differs"]]
-                 + ["Strides of the first and the last row are our reading: README, Open "
-                    "questions."])
+                 [f"* does not round to what the paper prints: {row['published_parameters']} computes to "
+                  f"{row['parameters'] / 1e6:.3f}M." for row in rows if row["differs"]]
+                 + ["Strides of the first and the last row are our reading: docs/open-questions.md."])
 
 
 TABLES = {"table1": table1, "table2": table2, "table3": table3, "table4": table4}
 
-
-def latex(text):
-    """Text with **bold** as LaTeX; a letter that LaTeX does not have becomes a question mark."""
-    parts = text.split("**")
-    special = {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\^{}", "λ": r"$\lambda$",
-               "±": r"$\pm$", "·": r"$\cdot$"} | {c: "\\" + c for c in "%_&#${}"}
-    parts = ["".join(special.get(c, c if c.isascii() else "?") for c in part) for part in parts]
-    return "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(parts))
+# --- Writing -------------------------------------------------------------------------------------
 
 
-def save_table(table, study, path):
-    """Writes path.md, path.tex and path.csv, with the provenance at the head, and tables.tex."""
-    provenance = study.provenance()
-    common.make_writable(path.parent)
-    head = provenance.split("\n")
-    number = path.name.removeprefix("table")
-    notes = [note.replace("*", r"\*") for note in table.notes]
-    lines = [f"**Table {number}. {table.caption}**", "", *(f"{line}  " for line in head), "",
-             "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns),
-             *("| " + " | ".join(row) + " |" for row in table.cells), "", *notes, ""]
-    common.write(path.with_suffix(".md"), lambda file: file.write("\n".join(lines).encode()))
-    rows = [" & ".join(map(latex, row)) + r" \\" for row in [table.columns, *table.cells]]
-    tex = [r"\begin{table}", r"\footnotesize",
-           rf"\setcounter{{table}}{{{int(number) - 1}}}\caption{{{latex(table.caption)}}}",
-           *(latex(line) + r"\\" for line in head), r"\resizebox{\linewidth}{!}{%",
-           rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\hline", rows[0], r"\hline",
-           *rows[1:], r"\hline", r"\end{tabular}}", "", *map(latex, table.notes),
-           r"\end{table}", ""]
-    common.write(path.with_suffix(".tex"), lambda file: file.write("\n".join(tex).encode()))
-    page = [r"\documentclass{article}", r"\usepackage[utf8]{inputenc}",
-            r"\usepackage{graphicx}        % \resizebox", r"\begin{document}",
-            *(rf"\IfFileExists{{{name}.tex}}{{\input{{{name}}}}}{{}}" for name in TABLES),
-            r"\end{document}", ""]
-    common.write(path.with_name("tables.tex"), lambda file: file.write("\n".join(page).encode()))
-    write_csv(path.with_suffix(".csv"), with_provenance(table.rows, provenance))
+def stem(name):
+    """The name of a figure's files: 2 -> fig2, table2 -> table2."""
+    return name if name in TABLES else f"fig{name}"
 
 
-# --- Writing -----------------------------------------------------------------------------------
-
-
-def with_provenance(rows, provenance):
-    """Rows of a CSV whose first says what all were made from."""
-    return [{**row, "provenance": "" if i else provenance.replace("\n", " · ")}
-            for i, row in enumerate(rows)]
+def title(name):
+    return f"Table {name[-1]}" if name in TABLES else f"Figure {name}"
 
 
 def write_csv(path, rows):
     """Rows (dicts) as CSV, with a column for every key of any of them."""
-    table = io.StringIO()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    common.write(path, lambda file: file.write(table.getvalue().encode()))
+    folders.write(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def list_runs(study):
-    """A row for every training run of a preset: what it is, what came out, on what and when."""
-    for path in sorted((study.results / study.name).glob("*/*/*/trial*/run.json")):
-        record = common.read_run(path.parent)
-        if not record["experiment"].startswith("robustness"):
-            yield {"run": str(path.parent.relative_to(study.results)), **record["result"],
-                   "lr": record["settings"]["lr"], "epochs": record["settings"]["epochs"],
-                   "data": record["settings"]["data"]["name"], "parameters":
-                   record.get("parameters"), "seconds": record["seconds"],
-                   "finished": record["finished"], **record["machine"]}
+def with_provenance(rows, provenance):
+    """Rows of a CSV, the first of which says what all were made from."""
+    return [{**row, "provenance": "" if i else provenance.replace("\n", " · ")} for i, row in enumerate(rows)]
 
 
-def save_figure(fig, rows, study, path):
+def save_table(table, provenance, path):
+    """Writes path.md and path.csv, with the provenance at the head."""
+    lines = [f"**Table {path.name[-1]}. {table.caption}**", "", *(f"{line}  " for line in provenance.split("\n")), "",
+             "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns),
+             *("| " + " | ".join(row) + " |" for row in table.cells), "",
+             *(note.replace("*", r"\*") for note in table.notes), ""]
+    folders.write(path.with_suffix(".md"), lambda file: file.write("\n".join(lines).encode()))
+    write_csv(path.with_suffix(".csv"), with_provenance(table.rows, provenance))
+
+
+def save_figure(fig, rows, provenance, path):
     """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot.
 
     rows are those of the CSV, or of several, by what is added to the path.
     """
-    provenance = study.provenance()
-    common.make_writable(path.parent)
     if fig.axes[0].get_legend_handles_labels()[0] and not fig.legends:
         fig.axes[0].legend(frameon=False)
     width, height = fig.get_size_inches()
@@ -905,9 +576,9 @@ def save_figure(fig, rows, study, path):
     fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=5.5, color=GREY)
     for name, table in (rows if isinstance(rows, dict) else {"": rows}).items():
         write_csv(path.with_name(f"{path.name}{name}.csv"), with_provenance(table, provenance))
-    common.write(path.with_suffix(".png"), lambda file: fig.savefig(file, format="png", dpi=200))
-    common.write(path.with_suffix(".pdf"), lambda file: fig.savefig(
-        file, format="pdf", metadata={"CreationDate": None}))
+    for kind, options in (("png", {"dpi": 200}), ("pdf", {"metadata": {"CreationDate": None}})):
+        folders.write(path.with_suffix(f".{kind}"), lambda file, kind=kind, options=options: fig.savefig(
+            file, format=kind, **options))
 
 
 @dataclass
@@ -916,146 +587,134 @@ class Made:
     state: str            # complete | incomplete | NOT DRAWN
     table: object         # the Table, of a table
     used: dict            # folder -> run.json
-    missing: dict         # (experiment, configuration, method, trial), as keys
+    missing: list         # (experiment, configuration, method, trial)
     provenance: str
 
 
-def make(study, name, folder):
+def what_is_missing(missing):
+    """A line for every configuration and method of FinishedRuns.missing, with its trials."""
+    trials = {}
+    for experiment, configuration, method, trial in missing:
+        kind = "" if experiment == trained_in(experiment) else f" {experiment}"
+        trials.setdefault(f"{configuration} {method}{kind}", []).append(str(trial))
+    return [f"{what}, trial {' '.join(which)}" for what, which in trials.items()]
+
+
+def make(runs, name, folder):
     """Draws a figure or writes a table into a folder, and says what it was made from."""
-    study.begin()
-    other = name in ("fig7", "fig8") and study.drop != "example"
-    path, table = folder / (f"{name}-{study.drop}" if other else name), None
+    runs.begin()
+    missing, table = runs.missing(name), None
+    other = name in robustness.FIGURES and runs.drop != "example"
+    path = folder / (f"{stem(name)}-{runs.drop}" if other else stem(name))
     if name in TABLES:
-        table = TABLES[name](study)
-        possible = study.used or not study.missing              # three tables need no runs
-        if possible:
-            save_table(table, study, path)
+        table = TABLES[name](runs)
     else:
-        fig, rows = FIGURES[name](study)
-        possible = study.used
-        if possible:
-            save_figure(fig, rows, study, path)
+        fig, rows = FIGURES[name](runs)
+    possible = runs.used or not missing                         # three tables need no runs
+    if possible:
+        provenance = runs.provenance()
+        folders.make_writable(folder)
+        save_table(table, provenance, path) if table else save_figure(fig, rows, provenance, path)
+    if not table:
         plt.close(fig)
-    state = ("incomplete" if study.missing else "complete") if possible else "NOT DRAWN"
-    print(f"{name}: {state}" + (f", {path}{'.md, .tex' if table else '.pdf, .png'}, .csv"
-                               if possible else ""), flush=True)
+    state = ("incomplete" if missing else "complete") if possible else "NOT DRAWN"
+    print(f"{stem(name)}: {state}" + (f", {path}{'.md' if table else '.pdf, .png'}, .csv" if possible else ""),
+          flush=True)
     if not possible and path.with_suffix(".csv").exists():
         print(f"  {path}.csv is of an earlier drawing")
-    if study.missing:
-        print(f"  {len(study.missing)} runs are missing:")
-        print(*(f"    {line}" for line in study.what_is_missing()), sep="\n")
-        print("  to make them:")
-        print(*(f"    {command}" for command in study.commands(study.missing, study.used)),
-              sep="\n")
-    return Made(state, table, study.used, study.missing, study.provenance())
+    if missing:
+        print(f"  {len(missing)} runs are missing:", *(f"    {line}" for line in what_is_missing(missing)),
+              "  to make them:", *(f"    {command}" for command in runs.commands(name, runs.used)), sep="\n")
+    return Made(state, table, runs.used, missing, runs.provenance())
 
 
-def finish(study, made, folder):
+def finish(runs, made, folder):
     """Writes runs.csv, and says in a line which figures and tables are complete."""
-    if runs := list(list_runs(study)):
-        common.make_writable(folder)
-        write_csv(folder / "runs.csv", runs)
-        print(f"all {len(runs)} training runs, a line each: {folder / 'runs.csv'}")
-    by_state = {state: [name for name, one in made.items() if one.state == state]
+    if rows := list(runs.every_run()):
+        folders.make_writable(folder)
+        write_csv(folder / "runs.csv", rows)
+        print(f"all {len(rows)} training runs, a line each: {folder / 'runs.csv'}")
+    by_state = {state: [stem(name) for name, one in made.items() if one.state == state]
                 for state in ("complete", "incomplete", "NOT DRAWN")}
-    print("figures: " + "; ".join(f"{state}: {' '.join(names)}"
-                                  for state, names in by_state.items() if names))
+    print("figures: " + "; ".join(f"{state}: {' '.join(names)}" for state, names in by_state.items() if names))
 
 
 # --- Comparing -----------------------------------------------------------------------------------
 
+# How far numbers of two runs of one preset may lie apart, absolute and relative; other columns name a row or follow.
+TOLERANCES = {
+    **dict.fromkeys(("n", "diverged", "depth", "k", "M", "modules", "parameters", "bytes_saved_for_backward"), (0, 0)),
+    **dict.fromkeys(("test_error_percent", "validation_error_percent"), (3, 0)), "error_percent": (10, 0),
+    **dict.fromkeys(("cross_entropy", "filter_norm", "relative_distance_from_initial_weights"), (0, 0.15))}
 KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss")
-TOLERANCES = {      # how far numbers of two runs of one preset may lie apart: absolute, relative
-    **dict.fromkeys(("n", "diverged", "depth", "k", "M", "modules", "parameters",
-                     "bytes_saved_for_backward"), (0, 0)),
-    **dict.fromkeys(("test_error_percent", "validation_error_percent"), (3, 0)),
-    "error_percent": (10, 0), "cross_entropy": (0, 0.15),
-    **dict.fromkeys(("filter_norm", "relative_distance_from_initial_weights"), (0, 0.15))}
+
+
+def read_csv(path):
+    """The rows of a CSV by what they are of, such as a configuration and a method."""
+    if not path.is_file():
+        raise common.Refused(f"{path} is not there: draw it first, with `python make_figures.py`")
+    with open(path, newline="", encoding="utf-8") as file:
+        return {tuple(row.get(key, "") for key in KEYS): row for row in csv.DictReader(file)}
 
 
 def compare(ours, theirs, wanted):
-    """Says for each number in the CSV files of a folder whether ours is within its tolerance.
-
-    Returns an exit status: 0 if all are.
-    """
+    """Prints which numbers in the CSV files of two folders are apart; returns an exit status, 0 if none is."""
     if not theirs.is_dir():
-        raise common.Refused(f"--compare {theirs} is not a folder: expected one with the CSV files "
-                             "of figures, such as expected/quick")
+        raise common.Refused(f"--compare {theirs} is not a folder: expected one with the CSV files of figures, such as "
+                             "expected/quick")
     total = near = 0
-    for path in (path for name in wanted for path in sorted(theirs.glob(f"{name}*.csv"))):
-        if not (ours / path.name).is_file():
-            raise common.Refused(f"{ours / path.name} is not there: draw it first, with `python "
-                                 f"make_figures.py --preset {ours.name}`")
-        rows = {keys_of(row): row for row in read_csv(ours / path.name)}
-        expected_rows, apart = read_csv(path), []
-        columns = expected_rows[0].keys() & TOLERANCES.keys()
-        if not columns:                 # it is made of the numbers of another
-            continue
-        for expected in expected_rows:
-            row = rows.get(keys_of(expected), {})
-            for column in columns:
-                absolute, relative = TOLERANCES[column]
-                theirs_is, ours_is = (float(one.get(column) or "nan") for one in (expected, row))
-                within = abs(ours_is - theirs_is) <= absolute + relative * abs(theirs_is) or (
-                    math.isnan(ours_is) and math.isnan(theirs_is))
+    for path in (path for name in wanted for path in sorted(theirs.glob(f"{stem(name)}*.csv"))):
+        mine, apart = read_csv(ours / path.name), []
+        for key, row in read_csv(path).items():
+            for column in row.keys() & TOLERANCES.keys():
+                a, b = (float(one.get(column) or "nan") for one in (mine.get(key, {}), row))
+                within = math.isclose(a, b, rel_tol=TOLERANCES[column][1], abs_tol=TOLERANCES[column][0]) or (
+                    math.isnan(a) and math.isnan(b))
                 total, near = total + 1, near + within
-                if not within:
-                    apart.append(f"    {' '.join(filter(None, keys_of(expected)))}: {column} "
-                                 f"{ours_is:.6g}, expected {theirs_is:.6g} within "
-                                 f"{absolute + relative * abs(theirs_is):.2g}")
-        print(f"{path.name}: " + (f"{len(apart)} numbers are apart" if apart else "all within"))
-        print(*apart[:10], *(["    ..."] if len(apart) > 10 else []), sep="\n", end="\n" * bool(
-            apart))
+                apart += [] if within else [f"    {' '.join(filter(None, key))}: {column} {a:.6g}, expected {b:.6g}"]
+        print(f"{path.name}: {len(apart)} numbers are apart" if apart else f"{path.name}: all within", *apart[:10],
+              *["    ..."] * (len(apart) > 10), sep="\n")
     print(f"{near} of {total} numbers are within their tolerances of {theirs}")
     return 0 if near == total else 1
 
 
-def keys_of(row):
-    return tuple(row.get(key, "") for key in KEYS)
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # --- main ----------------------------------------------------------------------------------------
 
+
 def parser(description):
-    """The flags of what reads run folders."""
-    p = common.Parser(description)
-    p.add_argument("--preset", help="the preset whose runs to draw (default: the driver's rule)")
+    """The flags of every script that reads run folders."""
+    p = study.Parser(description)
+    p.add_argument("--preset", help="the preset whose runs to draw (default: short if torch can use a CUDA GPU, else "
+                   "quick)")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
-                   help="where run folders are (default: results)")
+                   help="the folder of the run folders (default: results)")
     p.add_argument("--figures-dir", type=Path, default=Path("figures"), metavar="DIR",
-                   help="where the figures go (default: figures)")
-    p.add_argument("--drop", default="example", metavar="HOW",
+                   help="the folder of the figures (default: figures)")
+    p.add_argument("--drop", default="example", choices=robustness.DROPS,
                    help="draw Figs 7 and 8 from robustness.py --drop HOW (default: example)")
     return p
 
 
 def open_study(args):
-    """The Study that the command line names, and the folder of its figures."""
-    name = common.choose_preset(args.preset)
-    common.nearest(args.drop, common.DROPS, "value of --drop")
-    return Study(args.results, name, args.drop), args.figures_dir / name
+    """The finished runs that the command line names, and the folder of its figures."""
+    name = study.choose_preset(args.preset, study.choose_device("auto"))
+    return FinishedRuns(args.results, name, args.drop), args.figures_dir / name
 
 
 def main():
-    every = FIGURES | TABLES
-    p = parser(__doc__)
+    every, p = FIGURES | TABLES, parser(__doc__)
     p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {', '.join(every)}")
-    p.add_argument("--compare", type=Path, metavar="DIR", help="draw nothing: compare the CSV "
-                   "files of the figures with those in DIR, number by number")
+    p.add_argument("--compare", type=Path, metavar="DIR", help="draw nothing: compare the CSV files of the figures "
+                   "with those in DIR, number by number")
     args = p.parse_args()
-    wanted = [common.nearest(figure, every, "figure or table") for figure in args.figures or every]
-    study, folder = open_study(args)
+    wanted = study.figure_names(args.figures, every) or list(every)
+    runs, folder = open_study(args)
     if args.compare:
         sys.exit(compare(folder, args.compare, wanted))
-    made = {name: make(study, name, folder) for name in dict.fromkeys(wanted)}
-    finish(study, made, folder)
+    made = {name: make(runs, name, folder) for name in dict.fromkeys(wanted)}
+    finish(runs, made, folder)
     sys.exit(1 if any(one.state == "NOT DRAWN" for one in made.values()) else 0)
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    study.command_line(main)

@@ -1,26 +1,37 @@
-"""Robustness to dropped members (Sec. 5): the test error of what is left of a trained ensemble.
+"""Robustness to dropped members (Sec. 5): the test error of the members that are left of a trained ensemble.
 
-A random subset of the members answers for every test example, 20 times over. The claim: at lambda
-0.99 the 256x4H ensemble is as accurate as end-to-end training (lambda 1) and keeps that with more
-than half of its members dropped, where the end-to-end ensemble falls apart.
+A random subset of the members answers for every test example, 20 times over. The claim: at lambda 0.99 the 256x4H
+ensemble is as accurate as end-to-end training (lambda 1) and stays so with more than half of its members dropped, while
+the end-to-end ensemble falls apart.
 
-    python robustness.py                       # every run whose weights were kept
-    python make_figures.py fig7 fig8
+    python robustness.py                        # every run whose weights were kept
+    python robustness.py --figure 7             # only the runs of Figure 7
+    python make_figures.py 7 8
 
-Reads run folders, trains nothing. One random order of the members per example gives every number of
-survivors at once: the logits summed along the order are those of its first 1, 2, ... M members.
+Reads run folders and trains nothing. One random order of the members per example gives every number of survivors at
+once: the logits summed along the order are those of its first 1, 2, ... M members.
 """
 
+import contextlib
 import hashlib
 import time
 
+import study
 import common
+import fast
+import folders
+import train_mlp_fmnist
 
 import numpy as np
 import torch
 
-# --- What is dropped ---------------------------------------------------------------------------
+# --- What is dropped -----------------------------------------------------------------------------
 
+DROPS = {
+    "example": "a random subset of the members for every test example, as the paper says",
+    "set": "one random subset for the whole test set, as the authors' code has it",
+    "probability": "every member with probability p for every test example (one is always left)",
+}
 PROBABILITIES = np.linspace(0, 0.95, 20)
 
 
@@ -52,96 +63,103 @@ def repeat(member_logits, targets, drop, generator):
     return wrong.gather(1, left.to(wrong.device) - 1).double().mean(0)
 
 
-# --- The runs ----------------------------------------------------------------------------------
+# --- The runs ------------------------------------------------------------------------------------
+
+FIGURES = {name: train_mlp_fmnist.FIGURES[name] for name in ("7", "8")}
+
 
 def trained_runs(preset, args):
-    """(run.json, folder) of the finished joint runs of a preset whose weights were kept."""
+    """(run.json, folder) of the finished joint runs of a preset that kept their weights."""
+    figures = study.figure_names(args.figure, FIGURES)
     for path in sorted((args.results / preset).glob("*/*/joint-*/trial*/weights.pt")):
-        record = common.read_run(path.parent)
+        record = folders.read_run(path.parent)
         if (record and (not args.only or record["configuration"] in args.only)
                 and (not args.lambdas or record["lambda"] in args.lambdas)
-                and (not args.trials or record["trial"] < args.trials)):
+                and (not args.trials or record["trial"] < args.trials)
+                and (not figures or any(path.parent.parent.name in FIGURES[name].get(record["configuration"], ())
+                                        for name in figures))):
             yield record, path.parent
 
 
 def robustness_run(record, folder, drop, repeats, seed):
-    """The run that measures a trained one; the trained weights are one of its settings."""
+    """The run that measures a trained one; the checksum of the trained weights is one of its settings."""
     settings = {"drop": drop, "repeats": repeats, "seed": seed, "trained": record["settings"],
                 "weights": hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()}
-    return common.Run(record["preset"], f"robustness-{drop}", record["configuration"],
-                      record["method"], record["lambda"], record["trial"], settings, weights=False)
+    return study.Run(record["preset"], f"robustness-{drop}", record["configuration"], record["method"],
+                     record["lambda"], record["trial"], settings, weights=False)
 
 
 def data_of(record, folder, data_dir):
-    """The data that a run was trained on. Raises Refused if what is found is other data."""
+    """The data that a run was trained on. Raises Refused if other data is found."""
     s = record["settings"]
-    data = common.load_data(s["dataset"], s["data"]["source"], s, data_dir)
-    if other := common.difference(s["data"], data.description):
-        raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]} there "
-                             f"and {other[2]} here; name its --data-dir")
+    data = folders.load_data(s["dataset"], s["data"]["source"], s, data_dir)
+    if other := folders.difference(s["data"], data.description):
+        raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]} there and {other[2]} here; "
+                             "pass its --data-dir")
     return data
 
 
 def measure(run, record, folder, data, results):
-    """Measures one trained run on its test images and writes the curve as a run folder."""
+    """Measures one trained run on its test images and writes the curve as a run folder; returns the line on it."""
     began, drop = time.perf_counter(), run.settings["drop"]
-    experiment = common.experiment_of(record["experiment"])
-    ensemble = experiment.build(record["settings"], data.shape, data.classes, torch.Generator())
-    ensemble.load_state_dict(common.load_weights(folder, data.device))
+    build = study.experiment_of(record["experiment"]).build
+    ensemble = build(record["settings"], data.shape, data.classes, torch.Generator())
+    ensemble.load_state_dict(folders.load_weights(folder, data.device))
     logits = common.predict(ensemble.to(data.device), data, data.test_images)       # (N, M, K)
     generator = run.generator("drop")
     errors = torch.stack([repeat(logits, data.test_labels, drop, generator)
                           for _ in range(run.settings["repeats"])]).cpu().numpy()
-    at = {"probability": PROBABILITIES} if drop == "probability" else {
-        "dropped": np.arange(logits.shape[1])}
-    common.write_run(run, results, data, began, at | {"error": errors}, {}, ensemble)
-    return errors.mean(0)
+    at = {"probability": PROBABILITIES} if drop == "probability" else {"dropped": np.arange(logits.shape[1])}
+    folders.write_run(run, results, data, began, at | {"error": errors}, {}, ensemble)
+    mean = 100 * errors.mean(0)
+    return (f"{run.label}: test error {mean[0]:.2f} % with all members, {mean[len(mean) // 2]:.2f} % with about half "
+            "of them")
 
 
-# --- main --------------------------------------------------------------------------------------
+# --- main ----------------------------------------------------------------------------------------
+
 
 def main():
-    p = common.parser(__doc__)
-    p.add_argument("--drop", default="example", metavar="HOW", help="; ".join(
-        f"{name}: {text}" for name, text in common.DROPS.items()) + " (default: example)")
-    args = p.parse_args()
-    common.nearest(args.drop, common.DROPS, "value of --drop")
-    preset = common.choose_preset(args.preset)
-    blocks = common.load_preset(preset)
-    repeats = blocks["robustness"]["repeats"]
-    planned = [key for block in blocks.values() if isinstance(block, dict)
-               for key in block.get("configurations", [])]
+    p = study.parser(__doc__)
+    p.add_argument("--drop", default="example", choices=DROPS, help="; ".join(
+        f"{name}: {text}" for name, text in DROPS.items()) + " (default: example)")
+    args, cores = p.parse_args(), torch.get_num_threads()
+    device = study.choose_device(args.device)
+    preset = study.choose_preset(args.preset, device)
+    blocks = study.load_preset(preset)
     for word in args.only or []:
-        common.nearest(word, planned, "configuration")
+        study.known(word, [key for block in blocks.values() if isinstance(block, dict)
+                           for key in block.get("configurations", [])], "configuration")
     trained = list(trained_runs(preset, args))
     if not trained:
-        raise common.Refused(f"{args.results / preset} holds no trained weights of that selection: "
-                             f"make them with `python train_mlp_fmnist.py --preset {preset}`")
-    runs = [robustness_run(record, folder, args.drop, repeats, args.seed)
+        command = f"python train_mlp_fmnist.py --preset {preset} --figure {' '.join(args.figure or FIGURES)}"
+        raise common.Refused(f"{args.results / preset} holds no trained weights of that selection: make them with "
+                             f"`{command}`")
+    runs = [robustness_run(record, folder, args.drop, blocks["robustness"]["repeats"], args.seed)
             for record, folder in trained]
-    to_do = [run for run in runs if common.to_be_done(run, args.results)]
-    print(f"robustness: {len(runs)} trained runs, {len(runs) - len(to_do)} measured before",
-          flush=True)
+    to_do = [run for run in runs if folders.to_be_done(run, args.results)]
+    print(f"robustness: {len(runs)} trained runs, {len(runs) - len(to_do)} measured before", flush=True)
     if args.dry_run:
         for run in runs:
             print(f"  {run.label}: {'to do' if run in to_do else 'finished'}")
         return
-    common.make_writable(args.results)
-    measured = {run.path: of for run, of in zip(runs, trained, strict=True)}
-    device, loaded = common.choose_device(args.device), {}
+    folders.make_writable(args.results)
+    source, loaded = {run.path: of for run, of in zip(runs, trained, strict=True)}, {}
 
-    def do(run):
-        record, folder = measured[run.path]
-        which = repr([record["settings"][key] for key in (
-            "dataset", "data", "train", "validation", "test")])
-        if which not in loaded:
-            loaded[which] = data_of(record, folder, args.data_dir).to(device)
-        with common.memory_told(device, run.label, "free memory, or use --device cpu"):
-            error = 100 * measure(run, record, folder, loaded[which], args.results)
-        print(f"[{runs.index(run) + 1}/{len(runs)}] {run.label}: test error {error[0]:.2f} % with "
-              f"all members, {error[len(error) // 2]:.2f} % with about half of them", flush=True)
-    common.each_once(to_do, args.results, do)
+    def work(say):
+        def do(run):
+            record, folder = source[run.path]
+            which = repr([record["settings"][key] for key in ("dataset", "data", "train", "validation", "test")])
+            if which not in loaded:
+                loaded[which] = data_of(record, folder, args.data_dir).to(device)
+            say(run.path, 1, "", measure(run, record, folder, loaded[which], args.results))
+        folders.run_missing(to_do, args.results, do)
+
+    jobs = min(args.jobs or (cores if device.type == "cpu" else 1), len(to_do))
+    progress = study.Progress({run.path: 1.0 for run in to_do}, args.results, max(1, jobs))
+    with contextlib.closing(progress):
+        fast.in_processes(work, jobs, progress, (common.Refused, OSError))
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    study.command_line(main)

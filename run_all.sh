@@ -1,72 +1,56 @@
 #!/usr/bin/env bash
-# Regenerates the paper's tables and figures, or runs the tests. It needs Python 3.11 or newer and pip.
+# Regenerates the paper's tables and figures, or runs the tests. Needs Python 3.11 or newer and pip.
 #
-#   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, say what was made
+#   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, say what holds
 #   bash run_all.sh test                                    the tests
 #
-# Options, with the same meaning as in the scripts: --data real|auto|synthetic, --data-dir DIR,
-# --results DIR, --figures-dir DIR, --device auto|cpu|cuda, --seed N, --eager, --deterministic,
-# --diagnose. With --data folder, DIR holds images that take the place of CIFAR-100, and Fashion-MNIST
-# is found as without it.
+# Options, as in the scripts: --data real|auto|synthetic, --data-dir DIR, --results DIR, --figures-dir DIR,
+# --device auto|cpu|cuda, --seed N, --jobs N, --eager, --deterministic, --dry-run (print the plan and stop).
 #
-# As a task of a SLURM array it trains its part of the runs and draws nothing:
-#   sbatch --array=0-31 run_all.sh paper
+# As a task of a SLURM array it trains its part of the runs and draws nothing: sbatch --array=0-31 run_all.sh paper
 #SBATCH --requeue --open-mode=append --output=slurm-%A_%a.out
 refuse() { echo "error: $*" >&2; exit 2; }
 
 from=$PWD here=$(dirname "${BASH_SOURCE[0]}")
 [ -f "$here/common.py" ] || here=${SLURM_SUBMIT_DIR:-$here}     # sbatch runs a copy from elsewhere
-[ -f "$here/common.py" ] || refuse "$here is not the package's folder: call sbatch in that"
+[ -f "$here/common.py" ] || refuse "$here is not the package's folder: call sbatch in that folder"
 cd "$here" || exit 2
 
 # --- What is asked for -------------------------------------------------------------------------
 
-what="" device=auto data="" dir=() train=() drop=() draw=()
+what="" device=auto dry="" train=() data=() drop=() draw=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h|--help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
-    --eager|--deterministic|--diagnose) train+=("$1"); shift ;;
-    -*)
-      [ $# -ge 2 ] || refuse "$1: a value was expected after it"
-      value=$2
-      case $1 in --results|--figures-dir|--data-dir) [[ $value == /* ]] || value=$from/$value ;; esac
-      case $1 in
-        --results) train+=("$1" "$value"); drop+=("$1" "$value"); draw+=("$1" "$value") ;;
-        --figures-dir) draw+=("$1" "$value") ;;
-        --data)
-          [[ $value =~ ^(real|auto|synthetic|folder)$ ]] ||
-            refuse "--data $value: expected real, auto, synthetic or folder"
-          data=$value ;;
-        --data-dir) dir=("$1" "$value") ;;
-        --seed)
-          [[ $value =~ ^[0-9]{1,18}$ ]] || refuse "--seed $value: expected a whole number"
-          train+=("$1" "$value"); drop+=("$1" "$value") ;;
-        --device)
-          device=$value
-          train+=("$1" "$value"); drop+=("$1" "$value") ;;
-        *) refuse "unknown option $1; see bash run_all.sh --help" ;;
-      esac
-      shift 2 ;;
+    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    --eager|--deterministic) train+=("$1"); shift; continue ;;
+    --dry-run) dry=yes; shift; continue ;;
+    -*) [ $# -ge 2 ] || refuse "$1: a value was expected after it" ;;
     *) [ -z "$what" ] || refuse "$what and $1: one preset at a time"
-      what=$1; shift ;;
+       what=$1; shift; continue ;;
   esac
+  value=$2
+  case $1 in --results|--figures-dir|--data-dir) [[ $value == /* ]] || value=$from/$value ;; esac
+  case $1 in
+    --results) train+=("$1" "$value"); drop+=("$1" "$value"); draw+=("$1" "$value") ;;
+    --figures-dir) draw+=("$1" "$value") ;;
+    --data) data+=("$1" "$value") ;;
+    --data-dir) data+=("$1" "$value"); drop+=("$1" "$value") ;;
+    --seed|--jobs) train+=("$1" "$value"); drop+=("$1" "$value") ;;
+    --device) device=$value; train+=("$1" "$value"); drop+=("$1" "$value") ;;
+    *) refuse "unknown option $1; see bash run_all.sh --help" ;;
+  esac
+  shift 2
 done
-
-if [ "$data" = folder ]; then           # images of one's own: for the networks that are for CIFAR
-  mlp=() cifar=(--data folder "${dir[@]}")
-else
-  mlp=(${data:+--data "$data"} "${dir[@]}") cifar=("${mlp[@]}") drop+=("${dir[@]}")
-fi
 
 # --- A Python with the packages ----------------------------------------------------------------
 
-# The active Python is used if it has the five packages in versions that this package was tested
-# with, torch and torchvision importable as a pair; else a .venv with the exact pins is made, once.
+# The active Python is used if it has the five packages in versions that this package was tested with; otherwise a
+# .venv with the exact pins is made, once.
 requirements=requirements.txt tools=""
 [ "$what" = test ] && requirements=tests/requirements.txt tools="pytest xdist ruff"
 
 fits() {
-  "$1" - $tools 2>/dev/null <<'EOF'
+  "$1" - $tools 2>/dev/null <<'PYTHON'
 import importlib.util, sys
 tested = {"torch": ("2.11", "2.11"), "torchvision": ("0.26", "0.26"), "numpy": ("2.0", "2.4"),
           "matplotlib": ("3.9", "3.11"), "yaml": ("6.0", "6.0")}
@@ -75,65 +59,56 @@ def release(text):
 ok = all(release(oldest) <= release(importlib.import_module(name).__version__) <= release(newest)
          for name, (oldest, newest) in tested.items())
 sys.exit(not (ok and all(map(importlib.util.find_spec, sys.argv[1:]))))
-EOF
+PYTHON
 }
 
 python=""
 for candidate in python3 python python3.13 python3.12 python3.11; do
-  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
-  python=$candidate
-  break
+  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$candidate && break
 done
-[ -n "$python" ] || refuse "no Python 3.11 or newer was found (the python3 here is \
-$(python3 --version 2>&1)): install one, from python.org or your system"
+[ -n "$python" ] || refuse "no Python 3.11 or newer was found (python3 here is $(python3 --version 2>&1)): install \
+one, from python.org or your system"
 venv=$PWD/.venv/bin/python
 if fits "$python"; then
   why="the active Python, which has the packages"
 else
   if ! fits "$venv"; then
-    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "the packages are not installed: run \
-\`bash run_all.sh smoke\` in $PWD once, before an array of tasks would do so all at once"
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "the packages are not installed: run \`bash run_all.sh smoke\` in \
+$PWD once, before the tasks of an array install them all at once"
     echo "setting up .venv with $requirements (a minute or two online, 5 GB): the active Python \
-($("$python" --version 2>&1)) has not all packages in tested versions"
+($("$python" --version 2>&1)) does not have all packages in tested versions"
     { [ -x "$venv" ] || "$python" -m venv --clear --without-pip .venv; } &&
-      "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check \
-        -r "$requirements" &&
-      fits "$venv" ||
-      refuse "the packages of $requirements could not be installed into .venv: the lines above say \
+      "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check -r "$requirements" &&
+      fits "$venv" || refuse "the packages of $requirements could not be installed into .venv: the lines above say \
 why; be online, or activate a Python that has them"
   fi
   python=$venv why=".venv, with the packages of $requirements"
 fi
 
-# --- The tests ---------------------------------------------------------------------------------
-
 if [ "$what" = test ]; then
-  "$python" -m ruff check --quiet . &&
-    exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
+  "$python" -m ruff check --quiet . && exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
   exit 1
 fi
 
 # --- The study ---------------------------------------------------------------------------------
 
-default=$("$python" - "$what" "$device" <<'EOF'
-import common, sys
-common.command_line(lambda: (common.load_preset(sys.argv[1] or "paper"),
-                             common.choose_device(sys.argv[2])))
-print(common.choose_preset(None))
-EOF
+asked=${what:+as asked}
+what=$("$python" - "$what" "$device" <<'PYTHON'
+import study, sys
+def main():
+    study.known(sys.argv[2], ("auto", "cpu", "cuda"), "value of --device")
+    study.load_preset(sys.argv[1] or "paper")
+    print(study.choose_preset(sys.argv[1], study.choose_device(sys.argv[2])))
+study.command_line(main)
+PYTHON
 ) || exit 2
-if [ "$default" = quick ] && nvidia-smi -L >/dev/null 2>&1; then
-  echo "WARNING: this machine has a GPU that torch cannot use ($(nvidia-smi -L | head -n 1))."
-  echo "WARNING: the driver may be too old for torch $("$python" -c 'import torch; print(torch.__version__)'); training runs on the CPU."
-fi
-if [ -n "$what" ]; then
-  echo "preset $what, as asked"
-else
-  what=$default
-  [ "$default" = short ] && found="can use a CUDA GPU" || found="can use no CUDA GPU"
-  echo "preset $what, because torch $found here; others: bash run_all.sh paper|short|quick|smoke"
-fi
+echo "preset $what, ${asked:-which fits the device; others: bash run_all.sh paper|short|quick|smoke}"
 echo "$("$python" --version): $why"
+if [ "$device" = auto ] && nvidia-smi -L >/dev/null 2>&1 &&
+    ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "WARNING: torch cannot use this machine's GPU ($(nvidia-smi -L | head -n 1)): its driver may be too old."
+  echo "WARNING: training runs on the CPU."
+fi
 
 failed=()
 stage() {                       # stage NAME COMMAND...: a stage that fails does not stop the others
@@ -144,15 +119,17 @@ stage() {                       # stage NAME COMMAND...: a stage that fails does
   [ $status = 0 ] || [ $status = 3 ] || failed+=("$name (exit status $status)")
   return $status
 }
+mlp=("${data[@]}") cifar=("${data[@]}")
 mlp() { "$python" train_mlp_fmnist.py --preset "$what" "${train[@]}" "${mlp[@]}" "$@"; }
 densenet() { "$python" train_densenet_cifar.py --preset "$what" "${train[@]}" "${cifar[@]}" "$@"; }
 convnet() { "$python" train_convnet_cifar.py --preset "$what" "${train[@]}" "${cifar[@]}" "$@"; }
 
-# The data first, so that nothing is downloaded while training. Exit status 3: the stand-in is used.
-stage "data: Fashion-MNIST" mlp --fetch
-[ $? = 3 ] && mlp+=(--data synthetic)
-stage "data: CIFAR-100" densenet --fetch
-[ $? = 3 ] && cifar+=(--data synthetic)
+if [ -z "$dry" ]; then          # the data first, so that nothing is downloaded while training; status 3: the stand-in
+  stage "data: Fashion-MNIST" mlp --fetch
+  [ $? = 3 ] && mlp+=(--data synthetic)
+  stage "data: CIFAR-100" densenet --fetch
+  [ $? = 3 ] && cifar+=(--data synthetic)
+fi
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
@@ -160,16 +137,16 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   echo; echo "part $part of $SLURM_ARRAY_TASK_COUNT of the runs, by SLURM's array"
 else
   plan() { "$1" --dry-run | grep -v '^    '; return "${PIPESTATUS[0]}"; }
-  stage "plan: MLPs" plan mlp
-  stage "plan: DenseNets" plan densenet
-  stage "plan: ConvNets" plan convnet
+  for script in mlp densenet convnet; do stage "plan: $script" plan $script; done
 fi
-stage "MLPs on Fashion-MNIST" mlp
-stage "DenseNets on CIFAR-100" densenet
-stage "ConvNets on CIFAR-100" convnet
-if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  stage "robustness" "$python" robustness.py --preset "$what" --only 64x16H 256x4H "${drop[@]}"
-  stage "figures and verdicts" "$python" claims.py --preset "$what" "${draw[@]}"
+if [ -z "$dry" ]; then
+  stage "MLPs on Fashion-MNIST" mlp
+  stage "DenseNets on CIFAR-100" densenet
+  stage "ConvNets on CIFAR-100" convnet
+  if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    stage "robustness" "$python" robustness.py --preset "$what" --figure 7 8 "${drop[@]}"
+    stage "figures and verdicts" "$python" report.py --preset "$what" "${draw[@]}"
+  fi
 fi
 
 echo

@@ -1,21 +1,22 @@
 """Intermediate capacity: ensembles of 16 small ConvNets on CIFAR-100 (Sec. 4, appendix B.3).
 
-Five networks, from 63,000 to 1.2 million parameters a member, each trained from independent
-(lambda 0) to end-to-end (lambda 1) in steps of 0.1. The claim: the larger the members, the smaller
-the best lambda; for the largest it lies strictly between the extremes. A sixth configuration, of 10
-members, is for a look inside: end-to-end, few members have strong filters in their first layer.
+Five networks, from 63,000 to 1.2 million parameters per member, each trained from independent (lambda 0) to end-to-end
+(lambda 1) in steps of 0.1. The claim: the larger the members, the smaller the best lambda; for the largest it lies
+strictly between the extremes. A sixth configuration, of 10 members, is for a look inside: end-to-end, few members have
+strong filters in their first layer.
 
-    python train_convnet_cifar.py                       # all runs, at a size that fits the machine
-    python train_convnet_cifar.py --only ConvNet-0.29M --lambdas 0 0.5 1 --trials 1
+    python train_convnet_cifar.py                   # all runs, at a size that fits the machine
+    python train_convnet_cifar.py --figure 5        # only the runs of Figure 5
 
-Figures 4 and 5 are made from its runs.
+Figures 4 and 5 are made from these runs, Table 4 from the networks.
 """
 
-import common
+import study
+from common import Ensemble, Refused
 
 from torch import nn
 
-# --- The model ---------------------------------------------------------------------------------
+# --- The model -----------------------------------------------------------------------------------
 
 
 def convnet(filters, strides, padding, batchnorm, channels, classes):
@@ -36,39 +37,36 @@ def convnet(filters, strides, padding, batchnorm, channels, classes):
 def build(settings, shape, classes, generator):
     filters, strides, padding = (settings[key] for key in ("filters", "strides", "padding"))
     if len(filters) != len(strides):
-        raise common.Refused(f"a ConvNet with filters {filters} has strides {strides}: one stride "
-                             "a layer was expected in presets.yaml")
+        raise Refused(f"a ConvNet with filters {filters} has strides {strides}: one stride per layer was expected in "
+                      "presets.yaml")
     size = min(shape[1:])
     for stride in strides:
         size = (size + 2 * padding - 3) // stride + 1
         if size < 1:
-            raise common.Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a "
-                                 f"ConvNet with strides {strides} and padding {padding}: nothing "
-                                 "is left after its layers; --set padding=1, or lower strides")
-    return common.Ensemble(
-        lambda: convnet(filters, strides, padding, settings["batchnorm"], shape[0], classes),
-        settings["members"], generator, settings["precision"])
+            raise Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a ConvNet with strides {strides} "
+                          f"and padding {padding}: nothing is left after its layers; use --set padding=1, or lower "
+                          "strides")
+    return Ensemble(lambda: convnet(filters, strides, padding, settings["batchnorm"], shape[0], classes),
+                    settings["members"], generator, settings["precision"])
 
 
-COUNTS = (common.list_of(common.COUNT[0]), "a list of whole numbers of at least 1, one a layer")
-PADDING = (lambda x: x in (0, 1) and not isinstance(x, bool), "0 or 1")
+# --- The runs ------------------------------------------------------------------------------------
 
-# --- The runs ----------------------------------------------------------------------------------
-
-# presets.yaml, block convnet_cifar, names them: every configuration at every lambda over the
-# trials; the sixth at lambda 0 and 1, with its weights kept. Which of them a figure draws:
-EXPERIMENT = common.Experiment("convnet_cifar", {
-    "filters": COUNTS, "strides": COUNTS, "padding": PADDING, "batchnorm": common.SWITCH,
-    "precision": common.PRECISION}, build, {
-    "Fig. 4": lambda run: run.configuration != "10xConvNet-0.29M",
-    "Fig. 5": lambda run: run.configuration == "10xConvNet-0.29M"})
+# presets.yaml names all runs, in the block convnet_cifar. FIGURES says which of them a figure draws; `joint` stands for
+# every lambda of the preset.
+FIGURES = {
+    "4": {f"ConvNet-{size}M": ["joint"] for size in ("0.07", "0.14", "0.29", "0.60", "1.20")},
+    "5": {"10xConvNet-0.29M": ["joint-0", "joint-1"]},
+}
+EXPERIMENT = study.Experiment("convnet_cifar", build, FIGURES)
 
 
-# --- main --------------------------------------------------------------------------------------
+# --- main ----------------------------------------------------------------------------------------
+
 
 def main():
-    common.run_study(EXPERIMENT, common.training_parser(__doc__).parse_args())
+    study.train_study(EXPERIMENT, study.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    study.command_line(main)

@@ -1,22 +1,23 @@
 """High-capacity members: ensembles of DenseNets on CIFAR-100 (Sec. 4, appendix B.2).
 
-Three ways to fill a GPU, from 4 large networks (DN-High) to 16 smaller ones (DN-Low), each trained
-from independent (lambda 0) to end-to-end (lambda 1). The claim: here end-to-end fails. It is worse
-than independent training in all three (22.1 against 17.8 % error for DN-High), and at lambda 1 one
-member learns while the others stay poor: one network dominates.
+Three ways to fill a GPU, from 4 large networks (DN-High) to 16 smaller ones (DN-Low), each trained from independent
+(lambda 0) to end-to-end (lambda 1). The claim: here end-to-end fails. Its test error is higher than that of independent
+training in all three (22.1 against 17.8 % for DN-High), and at lambda 1 one member learns while the others stay poor:
+one network dominates.
 
     python train_densenet_cifar.py                      # all runs, at a size that fits the machine
-    python train_densenet_cifar.py --only DN-High --lambdas 0 1 --trials 1
+    python train_densenet_cifar.py --figure table2      # only the runs of Table 2
 
-Table 2 and the upper half of Figure 6 are made from its runs; Tables 1 and 3 from its networks.
+Table 2 and the DenseNets of Figure 6 are made from these runs, Tables 1 and 3 from the networks.
 """
 
-import common
+import study
+from common import Ensemble, Refused
 
 import torch
 from torch import nn
 
-# --- The model ---------------------------------------------------------------------------------
+# --- The model -----------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):
@@ -61,33 +62,34 @@ def densenet_bc(depth, growth, channels, classes):
 
 
 def build(settings, shape, classes, generator):
+    if settings["depth"] < 10 or settings["depth"] % 6 != 4:
+        raise Refused(f"depth {settings['depth']}: a DenseNet-BC has a depth of 6n + 4 with n of at least 1 (10, 16, "
+                      "22, ...)")
     if min(shape[1:]) < 4:
-        raise common.Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a DenseNet,"
-                             " which halves them twice: at least 4x4 were expected")
-    return common.Ensemble(
-        lambda: densenet_bc(settings["depth"], settings["growth"], shape[0], classes),
-        settings["members"], generator, settings["precision"])
+        raise Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a DenseNet, which halves them twice: "
+                      "at least 4x4 were expected")
+    return Ensemble(lambda: densenet_bc(settings["depth"], settings["growth"], shape[0], classes),
+                    settings["members"], generator, settings["precision"])
 
 
-DEPTH = (lambda x: common.COUNT[0](x) and x >= 10 and x % 6 == 4,
-         "a depth of 6n + 4 with n of at least 1 (10, 16, 22, ...)")
+# --- The runs ------------------------------------------------------------------------------------
 
-# --- The runs ----------------------------------------------------------------------------------
-
-# presets.yaml, block densenet_cifar, names them: every configuration at every lambda, independent
-# at its own learning rate, bagging and stacking, over the trials.
-# Which of them a table or figure shows:
-EXPERIMENT = common.Experiment("densenet_cifar", {
-    "depth": DEPTH, "growth": common.COUNT, "precision": common.PRECISION}, build, {
-    "Table 2": lambda run: True,
-    "Fig. 6": lambda run: run.configuration == "DN-High" and run.method == "joint"})
+# presets.yaml names all runs, in the block densenet_cifar. FIGURES says which of them a figure draws; `joint` stands
+# for every lambda of the preset.
+EVERY = ["joint", "independent", "bagging", "stacking"]
+FIGURES = {
+    "table2": {"DN-Low": EVERY, "DN-Mid": EVERY, "DN-High": EVERY},
+    "6": {"DN-High": ["joint"]},
+}
+EXPERIMENT = study.Experiment("densenet_cifar", build, FIGURES)
 
 
-# --- main --------------------------------------------------------------------------------------
+# --- main ----------------------------------------------------------------------------------------
+
 
 def main():
-    common.run_study(EXPERIMENT, common.training_parser(__doc__).parse_args())
+    study.train_study(EXPERIMENT, study.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    study.command_line(main)

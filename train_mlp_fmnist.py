@@ -1,23 +1,22 @@
 """Spending a fixed parameter budget: ensembles of MLPs on Fashion-MNIST (Sec. 4, appendix B.1).
 
-Four ways to spend about 815,000 parameters on networks with one hidden layer, from one network of
-1024 nodes (1x1024H) to 256 networks of four (256x4H), each trained from independent (lambda 0) to
-end-to-end (lambda 1). The claim: 256 tiny networks trained independently lose to the single large
-one (16.3 against 10.2 % error); trained jointly, at lambda 0.95, they all but match it (10.3 %).
+Four ways to spend about 815,000 parameters on networks with one hidden layer, from one network of 1024 nodes (1x1024H)
+to 256 networks of four nodes (256x4H), each trained from independent (lambda 0) to end-to-end (lambda 1). The claim:
+256 tiny networks trained independently lose to the single large one (16.3 against 10.2 % test error); trained jointly,
+at lambda 0.95, they almost match it (10.3 %).
 
-    python train_mlp_fmnist.py                      # all runs, at a size that fits the machine
-    python train_mlp_fmnist.py --only 256x4H --lambdas 0 0.95 --trials 1
+    python train_mlp_fmnist.py                  # all runs, at a size that fits the machine
+    python train_mlp_fmnist.py --figure 2       # only the runs of Figure 2
 
-Figures 2, 3, 9 and the lower half of 6 are drawn from its runs, 7 and 8 from its weights by
-robustness.py.
+Figures 2, 3, 9 and the MLPs of 6 are drawn from these runs; robustness.py measures 7 and 8 on their weights.
 """
 
-import common
+import study
 
 import torch
 from torch import nn
 
-# --- The model ---------------------------------------------------------------------------------
+# --- The model -----------------------------------------------------------------------------------
 
 
 class MLPEnsemble(nn.Module):
@@ -56,33 +55,31 @@ class MLPEnsemble(nn.Module):
 
 
 def build(settings, shape, classes, generator):
-    return MLPEnsemble(settings["members"], settings["hidden"], torch.Size(shape).numel(), classes,
-                       generator)
+    return MLPEnsemble(settings["members"], settings["hidden"], torch.Size(shape).numel(), classes, generator)
 
 
-# --- The runs ----------------------------------------------------------------------------------
+# --- The runs ------------------------------------------------------------------------------------
 
-# presets.yaml, block mlp_fmnist, names them: every configuration at every lambda over the trials,
-# and bagging and stacking of 256x4H.
-# Which of them a figure draws:
-EXPERIMENT = common.Experiment("mlp_fmnist", {"hidden": common.COUNT}, build, {
-    "Fig. 2": lambda run: run.configuration == "1x1024H" or (
-        run.configuration == "256x4H" and run.method_name in
-        ("bagging", "stacking", "joint-0", "joint-0.95", "joint-1")),
-    "Fig. 3": lambda run: run.method == "joint",
-    "Fig. 6": lambda run: run.configuration == "256x4H" and run.method == "joint",
-    "Fig. 7": lambda run: run.configuration == "256x4H" and run.method_name in
-    ("joint-0", "joint-0.99", "joint-1"),
-    "Fig. 8": lambda run: run.configuration == "64x16H" and run.method_name in
-    ("joint-0", "joint-0.99", "joint-1"),
-    "Fig. 9": lambda run: run.configuration == "64x16H"})
+# presets.yaml names all runs, in the block mlp_fmnist. FIGURES says which of them a figure draws; `joint` stands for
+# every lambda of the preset.
+ENDS = ["joint-0", "joint-0.99", "joint-1"]
+FIGURES = {
+    "2": {"1x1024H": ["joint-1"], "256x4H": ["joint-0", "joint-0.95", "joint-1", "bagging", "stacking"]},
+    "3": {"1x1024H": ["joint"], "16x64H": ["joint"], "64x16H": ["joint"], "256x4H": ["joint"]},
+    "6": {"256x4H": ["joint"]},
+    "7": {"256x4H": ENDS},
+    "8": {"64x16H": ENDS},
+    "9": {"64x16H": ["joint"]},
+}
+EXPERIMENT = study.Experiment("mlp_fmnist", build, FIGURES)
 
 
-# --- main --------------------------------------------------------------------------------------
+# --- main ----------------------------------------------------------------------------------------
+
 
 def main():
-    common.run_study(EXPERIMENT, common.training_parser(__doc__).parse_args())
+    study.train_study(EXPERIMENT, study.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    study.command_line(main)

@@ -1,31 +1,30 @@
 """What a training step costs: this package's way, beside the other ways to train such ensembles.
 
     pip install -r benchmarks/requirements.txt      # TorchEnsemble, which is one of them
-    python benchmarks/bench.py                      # under ten minutes on two cores
+    python benchmarks/bench.py                      # three networks, one of each experiment
     python benchmarks/bench.py --all                # all twelve networks
     python benchmarks/bench.py --check              # exit status 1 if a ratio falls short
 
-At the batch size of the paper:
+Every way computes on one thread, since a run of this package has one. The textbook way has two more processes, which
+load its images. Each way takes batches of the paper's size:
 
-- ours, in each precision, gathering of the batch and augmentation included;
-
-- textbook: a DataLoader with two workers and torchvision's transforms, the stock networks in a
-  list, one loss each, `.item()` at every step, fp32, as someone would write it;
-- one network: all members in one, by grouped convolutions (channels last and plain, fp32 and bf16,
-  the best of them) or batched products on the shared input repeated M times (the MLPs);
+- ours: in each precision; it gathers and augments its batch as well;
+- textbook: a DataLoader with two workers and torchvision's transforms, the stock networks in a list, one loss each,
+  `.item()` at every step, fp32, as someone would write it;
+- one network: all members in one, by grouped convolutions (channels last and plain, fp32 and bf16, the best of them)
+  or batched products on the shared input repeated M times (the MLPs);
 - vmap: torch.func's stack_module_state and vmap, which batch norm does not allow;
 - TorchEnsemble: its FusionClassifier (lambda 1) and VotingClassifier (lambda 0);
-- floor: of the MLPs, their matrix products alone; of the others, their multiplications at the rate
-  of a large product, or what autograd keeps for the backward pass, written and read once, at the
-  rate of a large copy, whichever takes longer.
+- floor: the least that any way must do. For the MLPs that is their matrix products. For the others it is their
+  multiplications at the rate of a large product, or what autograd keeps for the backward pass, written and read once,
+  at the rate of a large copy, whichever takes longer.
 
-All but ours and the textbook are given their batch, normalised and on the device. Ways of the same
-experiment are timed in turn over several rounds, so that a machine whose speed drifts hits all
-alike, and medians are compared.
+Ours and the textbook way make their own batch. The others get it normalised and on the device. The ways of one
+experiment take turns over several rounds, so that a machine whose speed drifts slows all alike. The table has medians.
 """
 
-import argparse
 import contextlib
+import csv
 import ctypes
 import gc
 import io
@@ -33,16 +32,16 @@ import math
 import statistics
 import sys
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import study
 import common
-import make_figures
-import train_convnet_cifar
+import folders
 import train_densenet_cifar
-import train_mlp_fmnist
 
 import torch
 import torchvision
@@ -58,45 +57,49 @@ try:
 except ImportError:
     torchensemble = None
 
-MODULES = {module.EXPERIMENT.name: module
-           for module in (train_mlp_fmnist, train_convnet_cifar, train_densenet_cifar)}
 SHORT = ("256x4H", "ConvNet-0.29M", "DN-Low")
 LAMBDA = 0.5
 STEPS = {"mlp_fmnist": 30, "convnet_cifar": 2, "densenet_cifar": 1}         # timed in a row
+EXPERIMENTS = {name: study.experiment_of(name) for name in STEPS}
 TEST = {"mlp_fmnist": 5000, "convnet_cifar": 128, "densenet_cifar": 32}     # images evaluated
 SECONDS, ROUNDS = 60, (3, 15)       # of one experiment: at least 3 rounds, at most 15
 
-# --- What is timed -----------------------------------------------------------------------------
+
+def seconds_per(work, n, device):
+    """The mean time of n calls of `work`, with what they do on the device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    for _ in range(n):
+        work()
+    wait()
+    return (time.perf_counter() - began) / n
+
+
+# --- What is timed -------------------------------------------------------------------------------
 
 
 @dataclass
 class Case:
     """One configuration of the paper, with the data of its experiment on the device."""
-    experiment: common.Experiment
+    experiment: study.Experiment
     name: str
     block: dict
     data: common.Data
 
-    def run(self, precision):
+    def settings(self, precision="fp32"):
         c = self.block["configurations"][self.name]
-        settings = self.block | c | {"lr": common.learning_rate(c["lr"], LAMBDA), "seed": 0,
-                                     "precision": precision}
-        for method in ("bagging", "stacking"):
-            del settings[method]
-        return common.Run("bench", self.experiment.name, self.name, "joint", LAMBDA, 0, settings,
-                          weights=False)
+        return self.block | c | {"lr": study.learning_rate(c["lr"], LAMBDA), "seed": 0, "precision": precision,
+                                 "bagging": None}
 
     def stock(self):
         """The members as a reader of PyTorch would write them."""
-        c = self.block["configurations"][self.name]
+        s, data = self.settings(), self.data
         if self.experiment.name != "mlp_fmnist":
-            ensemble = self.experiment.build(self.run("fp32").settings, self.data.shape,
-                                             self.data.classes, torch.Generator())
-            return [member.to(memory_format=torch.contiguous_format).to(self.data.device)
-                    for member in ensemble.members]
-        return [nn.Sequential(nn.Flatten(), nn.Linear(784, c["hidden"]), nn.ReLU(),
-                              nn.Linear(c["hidden"], 10)).to(self.data.device)
-                for _ in range(c["members"])]
+            ensemble = self.experiment.build(s, data.shape, data.classes, torch.Generator())
+            return [member.to(memory_format=torch.contiguous_format).to(data.device) for member in ensemble.members]
+        return [nn.Sequential(nn.Flatten(), nn.Linear(784, s["hidden"]), nn.ReLU(), nn.Linear(s["hidden"], 10)).to(
+            data.device) for _ in range(s["members"])]
 
     @property
     def batch(self):
@@ -105,9 +108,8 @@ class Case:
         return self.data.normalise(self.data.train_images[:n]), self.data.train_labels[:n]
 
     def sgd(self, parameters, **options):
-        s = self.run("fp32").settings
-        return torch.optim.SGD(parameters, s["lr"], s["momentum"], weight_decay=s["weight_decay"],
-                               **options)
+        s = self.settings()
+        return torch.optim.SGD(parameters, s["lr"], s["momentum"], weight_decay=s["weight_decay"], **options)
 
 
 @dataclass
@@ -116,55 +118,51 @@ class Way:
     case: Case
     name: str
     precision: str
-    step: object              # in_a_row: takes STEPS, and returns the seconds of one
+    step: object
     evaluate: object = None
-    in_a_row: bool = False
+    in_a_row: bool = False    # does step() take STEPS steps, and return the seconds of one?
 
 
 def ours(case, precision):
-    run = case.run(precision)
-    ensemble, optimizer = common.new_ensemble(case.experiment, run, case.data)
-    batches = common.Batches(run, case.data, torch.arange(
-        len(case.data.train_labels), device=case.data.device))
-    rows, scores = batches.epoch()[0], common.Scores(run.settings["members"], case.data.device)
-    test = case.data.test_images, case.data.test_labels
-
+    settings, data = case.settings(precision), case.data
+    run = study.Run("bench", case.experiment.name, case.name, "joint", LAMBDA, 0, settings, weights=False)
+    ensemble, optimizer = common.new_ensemble(case.experiment.build, run, data)
+    batches = common.Batches(run, data, torch.arange(len(data.train_labels), device=data.device))
+    rows, scores = batches.epoch()[0], common.Scores(settings["members"], data.device)
     step = common.stepper(run, ensemble, optimizer, scores, batches)
 
     def train():
         ensemble.train()
         step(rows)
-    return Way(case, "ours", precision, train, lambda: common.evaluate(ensemble, case.data, *test))
+    return Way(case, "ours", precision, train,
+               lambda: common.evaluate(ensemble, data, data.test_images, data.test_labels))
 
 
 class Images(loading.Dataset):
     """Images as torchvision.datasets gives them: a PIL image through transforms."""
 
     def __init__(self, data, augment, part):
-        channels, size, _ = data.shape
-        self.images = getattr(data, f"{part}_images").cpu().movedim(1, 3).numpy()
+        self.images = getattr(data, f"{part}_images").cpu().movedim(1, 3).squeeze(3).numpy()
         self.labels = getattr(data, f"{part}_labels").tolist()
-        self.mode = "L" if channels == 1 else "RGB"
         transforms = torchvision.transforms
-        moves = [transforms.RandomCrop(size, 4), transforms.RandomHorizontalFlip()]
+        moves = [transforms.RandomCrop(data.shape[1], 4), transforms.RandomHorizontalFlip()] if augment else []
         self.transform = transforms.Compose([
-            *(moves if augment else []), transforms.ToTensor(),
+            *moves, transforms.ToTensor(),
             transforms.Normalize(data.mean.flatten().tolist(), data.std.flatten().tolist())])
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        pixels = self.images[i][..., 0] if self.mode == "L" else self.images[i]
-        return self.transform(Image.fromarray(pixels)), self.labels[i]
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
 def textbook(case):
     networks, device = case.stock(), case.data.device
     sgd = case.sgd([p for network in networks for p in network.parameters()])
     workers = {"batch_size": case.block["batch"], "num_workers": 2, "persistent_workers": True}
-    training = loading.DataLoader(Images(case.data, case.block["augment"], "train"), shuffle=True,
-                                  drop_last=True, **workers)
+    training = loading.DataLoader(Images(case.data, case.block["augment"], "train"), shuffle=True, drop_last=True,
+                                  **workers)
     test = loading.DataLoader(Images(case.data, False, "test"), **workers)
 
     def steps():
@@ -194,10 +192,10 @@ def textbook(case):
 
 
 def with_our_step(case, name, precision, network):
-    """The way of a network (N, C, H, W) -> (N, M, K) in our training step, its batch given."""
+    """The way of a network (N, C, H, W) -> (N, M, K): our training step takes it on a given batch."""
     images, targets = case.batch
     optimizer = case.sgd(network.parameters(), fused=True)
-    scores = common.Scores(case.block["configurations"][case.name]["members"], case.data.device)
+    scores = common.Scores(case.settings()["members"], case.data.device)
     test = case.data.normalise(case.data.test_images)
 
     def step():
@@ -212,27 +210,37 @@ def with_our_step(case, name, precision, network):
     return Way(case, name, precision, step, evaluate)
 
 
+class Linears(nn.Module):
+    """The linear layers of all members, as one batched product: (M, N, C), or (N, M*C), -> (M, N, K)."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([one.weight.detach() for one in layers]))
+        self.bias = nn.Parameter(torch.stack([one.bias.detach() for one in layers]))
+
+    def forward(self, x):
+        if x.dim() == 2:
+            x = x.unflatten(1, (len(self.weight), -1)).transpose(0, 1)
+        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+
+
 class BatchedMLPs(nn.Module):
     """The MLPs as one batched product a layer, on the images repeated for every member."""
 
     def __init__(self, networks):
         super().__init__()
-        for name, i in (("hidden", 1), ("output", 3)):
-            for kind in ("weight", "bias"):
-                values = torch.stack([getattr(network[i], kind) for network in networks])
-                self.register_parameter(f"{name}_{kind}", nn.Parameter(values.detach()))
+        self.hidden, self.output = (Linears([network[i] for network in networks]) for i in (1, 3))
 
     def forward(self, images):
-        x = images.flatten(1).expand(len(self.hidden_bias), -1, -1)                 # (M, N, D)
-        h = torch.baddbmm(self.hidden_bias[:, None], x, self.hidden_weight.mT).relu()
-        return torch.baddbmm(self.output_bias[:, None], h, self.output_weight.mT).transpose(0, 1)
+        x = images.flatten(1).expand(len(self.hidden.weight), -1, -1)               # (M, N, D)
+        return self.output(self.hidden(x).relu()).transpose(0, 1)
 
 
 class InOne(nn.Module):
     """M equal convolutional networks as one: (N, C, H, W) -> (N, M, K).
 
-    Feature maps of all members stand side by side, (N, M*C, H, W). The first convolution needs no
-    groups, since the images are shared.
+    Feature maps of all members stand side by side, (N, M*C, H, W). All members share the images, so the first
+    convolution needs no groups.
     """
 
     def __init__(self, networks, bf16, memory_format):
@@ -243,39 +251,33 @@ class InOne(nn.Module):
     def joined(self, parts, first=False):
         """One module for equal modules, one of each member."""
         one = parts[0]
-
-        def together(kind):
-            return torch.cat([getattr(part, kind).detach() for part in parts])
         if isinstance(one, nn.Sequential):
-            return nn.Sequential(*(self.joined(each, first and i == 0)
-                                   for i, each in enumerate(zip(*parts, strict=True))))
+            return nn.Sequential(*(self.joined(each, first and i == 0) for i, each in enumerate(
+                zip(*parts, strict=True))))
         if isinstance(one, train_densenet_cifar.Bottleneck):
-            return Concatenating(self.joined([part.layers for part in parts]), self.count,
-                                 self.memory_format)
+            return Concatenating(self.joined([part.layers for part in parts]), self.count, self.memory_format)
         if isinstance(one, nn.Conv2d):
-            layer = nn.Conv2d(one.in_channels * (1 if first else self.count),
-                              one.out_channels * self.count, one.kernel_size, one.stride,
-                              one.padding, groups=1 if first else self.count,
-                              bias=one.bias is not None)
+            groups = 1 if first else self.count
+            layer = nn.Conv2d(one.in_channels * groups, one.out_channels * self.count, one.kernel_size, one.stride,
+                              one.padding, groups=groups, bias=one.bias is not None)
         elif isinstance(one, nn.BatchNorm2d):
             layer = nn.BatchNorm2d(one.num_features * self.count)
         elif isinstance(one, nn.Linear):
-            return Heads(parts)
+            return Linears(parts)
         else:
             return one
-        layer.weight.data = together("weight")
-        if layer.bias is not None:
-            layer.bias.data = together("bias")
+        for name, parameter in layer.named_parameters():
+            parameter.data = torch.cat([getattr(part, name).detach() for part in parts])
         return layer
 
     def forward(self, images):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.layers(images.contiguous(memory_format=self.memory_format))
-        return logits.float()
+        return logits.transpose(0, 1).float()
 
 
 class Concatenating(nn.Module):
-    """A bottleneck of all members: each one's new feature maps go behind its own."""
+    """A bottleneck of all members: the new feature maps of each member go behind its own."""
 
     def __init__(self, layers, count, memory_format):
         super().__init__()
@@ -285,54 +287,39 @@ class Concatenating(nn.Module):
     def forward(self, x):
         parts = x, self.layers(x)
         if not self.last:
-            return torch.cat([part.unflatten(1, (self.count, -1)) for part in parts],
-                             2).flatten(1, 2)
+            return torch.cat([part.unflatten(1, (self.count, -1)) for part in parts], 2).flatten(1, 2)
         parts = [part.permute(0, 2, 3, 1).unflatten(3, (self.count, -1)) for part in parts]
         return torch.cat(parts, 4).flatten(3, 4).permute(0, 3, 1, 2)
 
 
-class Heads(nn.Module):
-    """The linear layers of all members: (N, M*C) -> (N, M, K)."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([one.weight.detach() for one in layers]))
-        self.bias = nn.Parameter(torch.stack([one.bias.detach() for one in layers]))
-
-    def forward(self, x):
-        x = x.unflatten(1, (len(self.weight), -1)).transpose(0, 1)                  # (M, N, C)
-        return torch.baddbmm(self.bias[:, None], x, self.weight.mT).transpose(0, 1)
-
-
 def one_network(case, precisions):
-    """The ways of one network: of the convolutional ones the faster memory format."""
+    """The ways of one network, in each precision; a convolutional network takes its faster memory format."""
     if case.experiment.name == "mlp_fmnist":
         return [with_our_step(case, "one network", "fp32", BatchedMLPs(case.stock()))]
     fastest = []
     for precision in precisions:
         tried = []
-        for name, layout in (("channels last", torch.channels_last),
-                             ("plain", torch.contiguous_format)):
+        for name, layout in (("channels last", torch.channels_last), ("plain", torch.contiguous_format)):
             networks = case.stock()
             network = InOne(networks, precision == "bf16", layout).to(case.data.device)
             images, _ = case.batch
             images = images[:len(images) // 4]
-            with torch.no_grad():       # it is what it says
+            with torch.no_grad():       # it gives the numbers of its members
                 expected = torch.stack([one.eval()(images) for one in networks], 1)
-                torch.testing.assert_close(network.eval()(images), expected, rtol=0, atol=(
-                    1e-3 if precision == "fp32" else 0.1) * expected.abs().max().item())
+                error = (1e-3 if precision == "fp32" else 0.1) * expected.abs().max().item()
+                torch.testing.assert_close(network.eval()(images), expected, rtol=0, atol=error)
             way = with_our_step(case, f"one network, {name}", precision, network)
 
             def probe(network=network, images=images):
                 network.train()(images).sum().backward()
             probe()
-            tried.append((common.seconds_per(probe, 1, case.data.device), way))
+            tried.append((seconds_per(probe, 1, case.data.device), way))
         fastest.append(min(tried, key=lambda pair: pair[0])[1])
     return fastest
 
 
 class Vmapped(nn.Module):
-    """The members by torch.func, as its documentation has it: (N, C, H, W) -> (N, M, K)."""
+    """The members by torch.func, as its documentation does it: (N, C, H, W) -> (N, M, K)."""
 
     def __init__(self, networks, bf16):
         super().__init__()
@@ -350,21 +337,19 @@ class Vmapped(nn.Module):
 
 
 def vmapped(case, precisions):
-    if case.experiment.name == "densenet_cifar":
-        return []
     return [with_our_step(case, "vmap", precision, Vmapped(case.stock(), precision == "bf16"))
-            for precision in precisions]
+            for precision in precisions if case.experiment.name != "densenet_cifar"]
 
 
 class Stopwatch:
-    """A loader of the same batch that measures how long its user takes for `steps` of them."""
+    """A loader that gives the same batch `steps` times and measures how long its user takes."""
 
     def __init__(self, batch, classes, steps):
         self.batch, self.steps, self.seconds = batch, steps, 0.0
-        self.dataset = argparse.Namespace(classes=range(classes))
+        self.dataset = types.SimpleNamespace(classes=range(classes))
 
     def __iter__(self):
-        for i in range(-(self.steps > 1), self.steps):          # one goes before: see `timed`
+        for i in range(-(self.steps > 1), self.steps):          # one goes first: see `timed`
             began = time.perf_counter()
             yield self.batch
             if self.batch[0].is_cuda:
@@ -373,15 +358,12 @@ class Stopwatch:
 
 
 def torch_ensemble(case, kind):
-    s = case.run("fp32").settings
-    steps = STEPS[case.experiment.name]
+    s, steps = case.settings(), STEPS[case.experiment.name]
 
-    def step():         # of a new ensemble, whose making is not in the time
+    def step():         # of a new ensemble; the time leaves out how long that takes to make
         model = getattr(torchensemble, f"{kind}Classifier")(
-            estimator=case.stock()[0], n_estimators=s["members"],
-            cuda=case.data.device.type == "cuda")
-        model.set_optimizer("SGD", lr=s["lr"], momentum=s["momentum"],
-                            weight_decay=s["weight_decay"])
+            estimator=case.stock()[0], n_estimators=s["members"], cuda=case.data.device.type == "cuda")
+        model.set_optimizer("SGD", lr=s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"])
         watch = Stopwatch(case.batch, case.data.classes, steps)
         with contextlib.redirect_stdout(io.StringIO()):
             model.fit(watch, epochs=1, log_interval=10**6, save_model=False)
@@ -390,34 +372,26 @@ def torch_ensemble(case, kind):
 
 
 def floors(case, precisions, rates):
-    """{precision: function that returns seconds} of what no way can do without."""
+    """{(configuration, precision): function that returns seconds} of the least that any way must do."""
+    build, s, data = case.experiment.build, case.settings(), case.data
     if case.experiment.name == "mlp_fmnist":
-        return {"fp32": lambda: common.seconds_per(products(case), 1, case.data.device)}
-    s = case.run("fp32").settings
+        return {(case.name, "fp32"): lambda: seconds_per(products(case), 1, data.device)}
     with torch.device("meta"):
-        ensemble = case.experiment.build(s, case.data.shape, case.data.classes,
-                                         torch.Generator("cpu"))
-    images = torch.empty(s["batch"], *case.data.shape, device="meta")
+        ensemble = build(s, data.shape, data.classes, torch.Generator("cpu"))
     with FlopCounterMode(display=False) as counter:
-        ensemble(images).sum().backward()
-    found = {}
-    for precision in precisions:
-        ensemble.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-        moved = 2 * make_figures.bytes_saved_for_backward(ensemble, s["batch"])
-        found[precision] = lambda p=precision, moved=moved: max(
-            counter.get_total_flops() / rates[p](), moved / rates["copy"]())
-    return found
+        ensemble(torch.empty(s["batch"], *data.shape, device="meta")).sum().backward()
+    flops, kept = counter.get_total_flops(), common.bytes_saved_for_backward(build, s, data.shape, data.classes)
+    moved = {"fp32": 2 * kept, "bf16": kept}            # written and read, at 4 or 2 bytes a number
+    return {(case.name, p): lambda p=p: max(flops / rates[p](), moved[p] / rates["copy"]()) for p in precisions}
 
 
 def products(case):
     """The matrix products of one step of an MLP ensemble: two forward, three backward."""
-    c, device, n = case.block["configurations"][case.name], case.data.device, case.block["batch"]
-    members, hidden = c["members"], c["hidden"]
-    x = torch.rand(784, n, device=device)
-    first, h = torch.rand(members * hidden, 784, device=device), torch.rand(
-        members, hidden, n, device=device)
-    second, logits = torch.rand(members, 10, hidden, device=device), torch.rand(
-        members, 10, n, device=device)
+    s, device = case.settings(), case.data.device
+    n, members, hidden = s["batch"], s["members"], s["hidden"]
+    x, first = torch.rand(784, n, device=device), torch.rand(members * hidden, 784, device=device)
+    h, second = torch.rand(members, hidden, n, device=device), torch.rand(members, 10, hidden, device=device)
+    logits = torch.rand(members, 10, n, device=device)
 
     def work():
         torch.mm(first, x)
@@ -433,21 +407,19 @@ def machine_rates(device):
     a = torch.rand(2048, 2048, device=device)
     b, block = a.bfloat16(), torch.rand(32 * 2**20, device=device)
     target = torch.empty_like(block)
-    return {"fp32": lambda: 2 * 2048**3 / common.seconds_per(lambda: a @ a, 3, device),
-            "bf16": lambda: 2 * 2048**3 / common.seconds_per(lambda: b @ b, 3, device),
-            "copy": lambda: 2 * 4 * len(block) / common.seconds_per(
-                lambda: target.copy_(block), 3, device)}
+    return {"fp32": lambda: 2 * 2048**3 / seconds_per(lambda: a @ a, 3, device),
+            "bf16": lambda: 2 * 2048**3 / seconds_per(lambda: b @ b, 3, device),
+            "copy": lambda: 2 * 4 * len(block) / seconds_per(lambda: target.copy_(block), 3, device)}
 
 
-# --- Timing ------------------------------------------------------------------------------------
+# --- Timing --------------------------------------------------------------------------------------
+
 
 def resident(key):
     """A figure of /proc/self/status in bytes, or None on systems that have no such file."""
-    if not Path("/proc/self/status").is_file():
-        return None
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(key))
-    return 1024 * int(line.split()[1])
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
 
 def give_back(device):
@@ -458,184 +430,161 @@ def give_back(device):
 
 
 def memory_of(work, device):
-    """Bytes that `work` needs beyond what is there before, at its peak; nan if that is unknown."""
+    """Bytes that `work` adds at its peak to what is there before; nan if the system does not tell."""
     give_back(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    if resident("VmRSS") is None:
-        work()
-        return math.nan
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")       # the peak starts from here
+    if before := resident("VmRSS"):
+        Path("/proc/self/clear_refs").write_text("5")       # the peak starts from here
     work()
-    return resident("VmHWM") - before
+    return resident("VmHWM") - before if before else math.nan
 
 
 def timed(way):
-    """Seconds of a step, the mean over STEPS in a row.
-
-    Where a step is short, one goes before, for the memory that the way before it has left.
-    """
+    """Seconds of a step: the mean over STEPS in a row."""
     if way.in_a_row:
         return way.step()
     steps = STEPS[way.case.experiment.name]
-    if steps > 1:
+    if steps > 1:       # the way before left the memory in another state, so one short step goes first, untimed
         way.step()
-    return common.seconds_per(way.step, steps, way.case.data.device)
+    return seconds_per(way.step, steps, way.case.data.device)
 
 
 def measure(ways, floor, device):
-    """Rows, one a way, of medians over rounds in which all ways take their turn.
-
-    floor is {(configuration, precision): function that returns seconds}.
-    """
+    """A row for each way: medians over rounds in which all ways take their turn. floor: as in `floors`."""
     rows = [{"configuration": way.case.name, "way": way.name, "precision": way.precision,
              "peak_MB": memory_of(way.step, device) / 1e6} for way in ways]     # warms up as well
     steps, evaluations = [[] for _ in ways], [[] for _ in ways]
     lowest, began = {key: [] for key in floor}, time.perf_counter()
-    while len(steps[0]) < ROUNDS[0] or (len(steps[0]) < ROUNDS[1]
-                                        and time.perf_counter() - began < SECONDS):
+    while len(steps[0]) < ROUNDS[0] or (len(steps[0]) < ROUNDS[1] and time.perf_counter() - began < SECONDS):
         for i, way in enumerate(ways):
             if STEPS[way.case.experiment.name] == 1:    # what it frees adds up to 24 GB otherwise
                 give_back(device)
             steps[i].append(timed(way))
             if way.evaluate:
-                evaluations[i].append(common.seconds_per(way.evaluate, 1, device))
+                evaluations[i].append(seconds_per(way.evaluate, 1, device))
         for key, seconds in floor.items():
             lowest[key].append(seconds())
-        print(f"  round {len(steps[0])} of {ROUNDS[0]} to {ROUNDS[1]}, "
-              f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        print(f"  round {len(steps[0])} of {ROUNDS[0]} to {ROUNDS[1]}, {time.perf_counter() - began:.0f} s",
+              file=sys.stderr, flush=True)
     for row, way, step, evaluation in zip(rows, ways, steps, evaluations, strict=True):
         seconds = statistics.median(step)
         key = row["configuration"], row["precision"]
         least = statistics.median(lowest[key]) if key in lowest else math.nan
-        row |= {"rounds": len(step), "step_ms": 1000 * seconds,
-                "examples_per_s": way.case.block["batch"] / seconds,
-                "evaluation_of_1000_ms": (1e6 * statistics.median(evaluation) / len(
-                    way.case.data.test_labels) if evaluation else math.nan),
+        images = len(way.case.data.test_labels)
+        row |= {"rounds": len(step), "step_ms": 1000 * seconds, "examples_per_s": way.case.block["batch"] / seconds,
+                "evaluation_of_1000_ms": 1e6 * statistics.median(evaluation) / images if evaluation else math.nan,
                 "floor_ms": 1000 * least, "times_floor": seconds / least}
+    own = {(row["configuration"], row["precision"]): row["step_ms"] for row in rows if row["way"] == "ours"}
     for row in rows:
-        row["times_ours"] = row["step_ms"] / next(
-            r["step_ms"] for r in rows if r["way"] == "ours"
-            and (r["configuration"], r["precision"]) == (row["configuration"], row["precision"]))
+        row["times_ours"] = row["step_ms"] / own[row["configuration"], row["precision"]]
     return rows
 
 
-def bench(name, configurations, device):
+def bench(experiment, configurations, device):
     """The rows of one experiment's configurations."""
-    experiment = MODULES[name].EXPERIMENT
-    block = common.experiment_settings(common.load_preset("paper"), "paper", experiment)
-    block |= {"test": TEST[name]}
-    dataset = block["dataset"]
-    on_disk = common.find_data(dataset, "auto", download=False)
-    data = common.load_data(dataset, "real" if on_disk else "synthetic", block).to(device)
-    precisions = ["fp32"]
-    if name != "mlp_fmnist" and common.bf16_is_fast(device):
-        precisions.append("bf16")
+    block = study.experiment_settings(study.load_preset("paper"), "paper", experiment.name)
+    block |= {"test": TEST[experiment.name]}
+    data = folders.load_data(block["dataset"], "auto", block, may_download=False).to(device)
+    mlps = experiment.name == "mlp_fmnist"
+    precisions = ["fp32", "bf16"] if not mlps and folders.bf16_is_fast(device) else ["fp32"]
     rates, ways, floor = machine_rates(device), [], {}
-    for configuration in configurations:
-        print(f"{configuration} ...", file=sys.stderr, flush=True)
-        case = Case(experiment, configuration, block, data)
+    others = [name for name in block["configurations"] if mlps and name not in configurations]
+    for name in [*configurations, *others]:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        case = Case(experiment, name, block, data)
         ways += [ours(case, precision) for precision in precisions]
+        floor |= floors(case, precisions, rates)
+        if name in others:              # `checks` compares the epochs of all MLPs, ours alone
+            continue
         ways += [textbook(case), *one_network(case, precisions), *vmapped(case, precisions)]
         if torchensemble:
             ways += [torch_ensemble(case, kind) for kind in ("Fusion", "Voting")]
-        floor |= {(configuration, p): f for p, f in floors(case, precisions, rates).items()}
-    if name == "mlp_fmnist":            # what an epoch of the others costs is a claim of its own
-        for other in block["configurations"]:
-            if other not in configurations:
-                case = Case(experiment, other, block, data)
-                ways.append(ours(case, "fp32"))
-                floor |= {(other, p): f for p, f in floors(case, precisions, rates).items()}
     rows = measure(ways, floor, device)
     for row in rows:                    # an epoch by the paper's protocol, real data or not
         steps = math.ceil((len(data.train_labels) - block["validation"]) / block["batch"])
         held_out = (block["validation"] or 10_000) / 1000 * row["evaluation_of_1000_ms"]
-        row |= {"epoch_s": (steps * row["step_ms"] + held_out) / 1000, "data": data.description[
-            "name"], "evaluation_share": held_out / (steps * row["step_ms"] + held_out)}
+        total = steps * row["step_ms"] + held_out
+        row |= {"epoch_s": total / 1000, "data": data.description["name"], "evaluation_share": held_out / total}
     return rows
 
 
-# --- What it must reach ------------------------------------------------------------------------
+# --- What it must reach --------------------------------------------------------------------------
+
 
 def checks(rows):
-    """(what, ratio, "at most" or "at least", bound) of what is asked of ours on two cores."""
+    """(what, ratio, "at most" or "at least", bound) of what is asked of ours on a CPU."""
     def pick(configuration, way, key="step_ms"):
         """The best of a way's precisions and formats."""
         return min((row[key] for row in rows if row["configuration"] == configuration
                     and row["way"].startswith(way)), default=None)
 
-    single = pick("1x1024H", "ours", "epoch_s")
-    for name, bound in (("256x4H", 1.5), ("64x16H", 1.25), ("16x64H", 1.1)):
-        if single:
-            yield (f"an epoch of {name} / an epoch of 1x1024H", pick(name, "ours", "epoch_s")
-                   / single, "at most", bound)
-    for name in ("1x1024H", "16x64H", "64x16H", "256x4H"):
-        if single:
-            yield (f"a step of {name} / its matrix products", pick(name, "ours", "times_floor"),
-                   "at most", 2.5 if name == "256x4H" else 2)
-    if textbook_epoch := pick("256x4H", "textbook", "epoch_s"):
-        yield ("256x4H: an epoch of the textbook way / ours", textbook_epoch
-               / pick("256x4H", "ours", "epoch_s"), "at least", 15)
-    for configuration in dict.fromkeys(row["configuration"] for row in rows):
-        convolutional = configuration in ("ConvNet-0.29M", "DN-Low")
-        for way, bound in (("textbook", 3), ("one network", 1.4), ("vmap", 1),
-                           ("TorchEnsemble, Fusion", 1), ("TorchEnsemble, Voting", 1)):
-            theirs = pick(configuration, way)
+    if single := pick("1x1024H", "ours", "epoch_s"):
+        for name, bound in (("256x4H", 1.5), ("64x16H", 1.25), ("16x64H", 1.1)):
+            ratio = pick(name, "ours", "epoch_s") / single
+            yield f"an epoch of {name} / an epoch of 1x1024H", ratio, "at most", bound
+        for name, bound in (("1x1024H", 2), ("16x64H", 2), ("64x16H", 2), ("256x4H", 2.5)):
+            yield f"a step of {name} / its matrix products", pick(name, "ours", "times_floor"), "at most", bound
+    if theirs := pick("256x4H", "textbook", "epoch_s"):
+        ratio = theirs / pick("256x4H", "ours", "epoch_s")
+        yield "256x4H: an epoch of the textbook way / ours", ratio, "at least", 15
+    for name in dict.fromkeys(row["configuration"] for row in rows):
+        convolutional = name in ("ConvNet-0.29M", "DN-Low")
+        for way, bound in (("textbook", 3), ("one network", 1.4), ("vmap", 1), ("TorchEnsemble, Fusion", 1),
+                           ("TorchEnsemble, Voting", 1)):
+            theirs = pick(name, way)
             if theirs and (convolutional or bound == 1):
-                yield (f"{configuration}: a step of {way} / ours", theirs
-                       / pick(configuration, "ours"), "at least", bound)
+                yield f"{name}: a step of {way} / ours", theirs / pick(name, "ours"), "at least", bound
 
 
-# --- main --------------------------------------------------------------------------------------
-
-def number(value, digits):
-    return "" if math.isnan(value) else f"{value:,.{digits}f}"
+# --- main ----------------------------------------------------------------------------------------
 
 
 def main():
-    p = common.Parser(__doc__)
+    p = study.Parser(__doc__)
     p.add_argument("--all", action="store_true", help="all twelve networks")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these networks")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write the numbers here as well")
-    p.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     p.add_argument("--check", action="store_true", help="exit with status 1 if a ratio falls short")
     args = p.parse_args()
-    device = common.choose_device(args.device)
-    preset = common.load_preset("paper")
-    known = {name: key for key in MODULES for name in preset[key]["configurations"]
-             if name != "10xConvNet-0.29M"}             # 0.29M, but with fewer members
-    names = args.only or (list(known) if args.all else SHORT)
+    device, preset = study.choose_device(args.device), study.load_preset("paper")
+    networks = {name: key for key in EXPERIMENTS for name in preset[key]["configurations"]
+                if name != "10xConvNet-0.29M"}          # 0.29M, but with fewer members
+    names = args.only or (list(networks) if args.all else SHORT)
     for name in names:
-        common.nearest(name, known, "configuration")
+        study.known(name, networks, "configuration")
     if args.check and torchensemble is None:
-        raise common.Refused("--check compares with TorchEnsemble, which is not installed: "
-                             "pip install -r benchmarks/requirements.txt")
-    where, rows = common.machine(device), []
-    for key in MODULES:
-        if chosen := [name for name in names if known[name] == key]:
-            rows += bench(key, chosen, device)
-    print(f"{where['device']}, {device.type}, {where['threads']} threads, torch {where['torch']}; "
-          "medians\n")
-    print("| network | way | precision | / ours | / floor | step (ms) | examples/s | evaluation of "
-          "1,000 (ms) | peak (MB) |\n" + "|---" * 9 + "|")
+        raise common.Refused("--check compares with TorchEnsemble, which is not installed: pip install -r "
+                             "benchmarks/requirements.txt")
+    where, rows = folders.machine(device), []
+    for key, experiment in EXPERIMENTS.items():
+        if chosen := [name for name in names if networks[name] == key]:
+            rows += bench(experiment, chosen, device)
+    print(f"{where['device']}, {device.type}, torch {where['torch']}; medians. Threads per way: {where['threads']}; "
+          "the textbook way has two more processes, which load its images\n")
+    print("| network | way | precision | / ours | / floor | step (ms) | examples/s | evaluation of 1,000 (ms) | "
+          "peak (MB) |\n" + "|---" * 9 + "|")
     for row in rows:
-        figures = [(row["times_ours"], 2), (row["times_floor"], 2), (row["step_ms"], 1), (
-            row["examples_per_s"], 0), (row["evaluation_of_1000_ms"], 1), (row["peak_MB"], 0)]
-        print(f"| {row['configuration']} | {row['way']} | {row['precision']} | "
-              + " | ".join(number(*figure) for figure in figures) + " |")
+        figures = ["" if math.isnan(row[key]) else f"{row[key]:,.{digits}f}" for key, digits in (
+            ("times_ours", 2), ("times_floor", 2), ("step_ms", 1), ("examples_per_s", 0), ("evaluation_of_1000_ms", 1),
+            ("peak_MB", 0))]
+        print("| " + " | ".join([row["configuration"], row["way"], row["precision"], *figures]) + " |")
     print()
     for row in rows:
         if row["way"] == "ours":
-            print(f"{row['configuration']} {row['precision']}: an epoch takes {row['epoch_s']:.1f} "
-                  f"s, {100 * row['evaluation_share']:.0f} % of it evaluation")
+            print(f"{row['configuration']} {row['precision']}: an epoch takes {row['epoch_s']:.1f} s, "
+                  f"{100 * row['evaluation_share']:.0f} % of it evaluation")
     if torchensemble is None:
         print("TorchEnsemble is not installed: pip install -r benchmarks/requirements.txt")
     if args.csv:
-        make_figures.write_csv(args.csv, [{**row, **where} for row in rows])
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | where for row in rows)
     print("\n| what | is | asked |\n|---|---|---|")
     short = False
     for what, ratio, relation, bound in checks(rows):
@@ -647,4 +596,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    study.command_line(main)

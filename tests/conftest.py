@@ -3,32 +3,35 @@
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 # Here and in children: bitwise promises are of the CPU, and tests at once share the cores.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import study
+import common
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import common  # noqa: E402
+torch.set_num_threads(1)        # as a run has on a CPU
 
 
 @pytest.fixture(scope="session")
 def fashion_mnist():
-    """Real Fashion-MNIST from disk. Where it must be there, in CI, its absence is a failure."""
-    for folder in (common.DEFAULT_DATA_DIR, common.DEBIAN_FASHION_MNIST):
-        if data := common.read_fashion_mnist(folder):
-            return data
-    message = "Fashion-MNIST is not on disk: apt-get install dataset-fashion-mnist"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+    """Real Fashion-MNIST from disk; data/ stays as it is. In CI it must be there: its absence is a failure."""
+    folders = common.DATA_DIR, common.DATASETS["Fashion-MNIST"].system
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "DATA_DIR", Path(scratch))
+        for folder in folders:
+            if data := common.read_fashion_mnist(folder):
+                return data
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(
+        "Fashion-MNIST is not on disk: apt-get install dataset-fashion-mnist")
 
 
 @pytest.fixture
@@ -38,27 +41,29 @@ def heed_ctrl_c():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys, tmp_path):
-    """script(module, *arguments): runs its main in an empty folder -> (status, stdout, stderr)."""
+def one_thread():
+    """PyTorch has one thread before a test, whatever it sets, and after it."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path, one_thread):
+    """script(module, *arguments): runs its main in an empty folder -> (status, stdout, stderr).
+
+    A study trains in this process, one run after the other, unless --jobs says otherwise.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            common.command_line(module.main)
+            study.command_line(module.main)
             status = 0
         except SystemExit as leave:
             status = leave.code or 0
         out, err = capsys.readouterr()
         return status, out, err
     return run
-
-
-@pytest.fixture
-def one_thread():
-    """PyTorch with one thread, or as many as the test then sets."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

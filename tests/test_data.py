@@ -1,15 +1,38 @@
-"""Fashion-MNIST from disk, the stand-in, and the policy between them."""
+"""The data sets from disk, their stand-in, the policy between them, and augmentation."""
 
 import gzip
-import shutil
+import hashlib
+import pickle
+import struct
 import subprocess
+import tarfile
+from dataclasses import replace
 
 import common
+import folders
+from common import Refused
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms import functional as tv
 
 IMAGES = "train-images-idx3-ubyte"
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    """data/ is an absent folder, and no system package has Fashion-MNIST."""
+    entry = common.DATASETS["Fashion-MNIST"]
+    monkeypatch.setattr(common, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setitem(common.DATASETS, "Fashion-MNIST", replace(entry, system=tmp_path / "no package"))
+    return tmp_path / "data"
+
+
+# --- Fashion-MNIST -------------------------------------------------------------------------------
 
 
 def test_real_fashion_mnist(fashion_mnist):
@@ -18,101 +41,219 @@ def test_real_fashion_mnist(fashion_mnist):
     assert data.test_images.shape == (10_000, 1, 28, 28)
     assert data.train_labels.bincount().tolist() == [6_000] * 10
     assert data.test_labels.bincount().tolist() == [1_000] * 10
-    assert data.train_labels[:5].tolist() == [9, 0, 0, 3, 0]
+    assert data.train_labels[:5].tolist() == [9, 0, 0, 3, 0] and data.test_labels[:3].tolist() == [9, 2, 1]
     pixels = data.normalise(data.train_images)
     assert abs(pixels.mean().item()) < 1e-3 and abs(pixels.std().item() - 1) < 1e-3
 
 
 @pytest.fixture
-def folder(fashion_mnist, tmp_path):
-    """A copy of the real files, one of them decompressed, that a test may damage."""
-    for name in common.FASHION_MNIST:
-        shutil.copy(f"{fashion_mnist.origin}/{name}.gz", tmp_path)
-    name = "t10k-labels-idx1-ubyte"
-    (tmp_path / name).write_bytes(gzip.decompress((tmp_path / f"{name}.gz").read_bytes()))
-    (tmp_path / f"{name}.gz").unlink()
-    return tmp_path
-
-
-def test_files_may_be_plain_or_compressed_and_lie_where_torchvision_puts_them(folder, tmp_path):
-    raw = tmp_path / "other" / "FashionMNIST" / "raw"
-    raw.parent.mkdir(parents=True)
-    assert common.read_fashion_mnist(folder).test_labels[:3].tolist() == [9, 2, 1]
-    folder.joinpath("x").mkdir()
-    assert common.read_fashion_mnist(folder / "x") is None
-    shutil.copytree(folder, raw, ignore=shutil.ignore_patterns("other", "x"))
-    assert len(common.read_fashion_mnist(tmp_path / "other").train_labels) == 60_000
-
-
-@pytest.mark.parametrize("damage, said", [
-    (lambda path: path.write_bytes(path.read_bytes()[:100_000]), "truncated"),
-    (lambda path: path.write_bytes(gzip.compress(b"\0" * 1000)), "wrong SHA-256"),
-    (lambda path: path.write_bytes(b"not gzip"), "cannot be read"),
-    (lambda path: path.write_bytes(path.read_bytes()[:200_000] + b"\xff" * 4096
-                                   + path.read_bytes()[204_096:]), "damaged|wrong SHA-256"),
-    (lambda path: path.unlink(), f"without {IMAGES}"),
-])
-@pytest.mark.parametrize("policy", ["real", "auto"])
-def test_damaged_files_are_refused_under_every_policy(folder, damage, said, policy):
-    damage(folder / f"{IMAGES}.gz")
-    with pytest.raises(common.Refused, match=said):
-        common.find_data("Fashion-MNIST", policy, folder)
+def files(monkeypatch):
+    """{name: content} of small files in Fashion-MNIST's format, which have the expected SHA-256."""
+    g, content = np.random.default_rng(0), {}
+    for part, n in (("train", 300), ("t10k", 20)):
+        content[f"{part}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, n, 28, 28) + g.bytes(n * 28 * 28)
+        content[f"{part}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, n) + bytes(i % 10 for i in range(n))
+    monkeypatch.setattr(common, "FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in content.items()})
+    return content
 
 
 @pytest.fixture
-def nothing_on_disk(monkeypatch, tmp_path):
-    entry = common.DATASETS["Fashion-MNIST"]
-    monkeypatch.setitem(common.DATASETS, "Fashion-MNIST",
-                        common.replace(entry, system=tmp_path / "no package"))
-    monkeypatch.setattr(common, "DEFAULT_DATA_DIR", tmp_path / "data")
-    return tmp_path / "data"
+def packed(files, tmp_path):
+    """A folder with the four files compressed, as the data set's authors and Debian have them."""
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    return folder
 
 
-def test_auto_takes_the_stand_in_and_says_so_where_real_fails(nothing_on_disk, monkeypatch, capsys):
-    monkeypatch.setattr(common, "_download", lambda name, minutes: f"no network, {minutes} minutes")
-    assert common.find_data("Fashion-MNIST", "auto") is None
+def test_compressed_files_are_unpacked_once_into_data(files, packed, data_dir, monkeypatch):
+    data = folders.find_data("Fashion-MNIST", "real", packed)
+    assert data.train_images.flatten().numpy().tobytes() == files[IMAGES][16:]
+    assert data.test_labels.tolist() == list(range(10)) * 2 and data.description["source"] == "real"
+    raw = data_dir / "FashionMNIST" / "raw"
+    assert {path.name: path.read_bytes() for path in raw.iterdir()} == files
+    assert {path.stat().st_mode & 0o777 for path in raw.iterdir()} == {0o644}
+    monkeypatch.setattr(gzip, "decompress", lambda content: pytest.fail("unpacked twice"))
+    for folder in (packed, None):
+        assert torch.equal(folders.find_data("Fashion-MNIST", "real", folder).train_images, data.train_images)
+
+
+@pytest.mark.parametrize("content, said", [
+    (gzip.compress(b"\0" * 1000)[:-9], "cannot be unpacked"), (b"not gzip", "cannot be unpacked"),
+    (gzip.compress(b"\0" * 1000), "wrong SHA-256.*remove it"), (None, f"without {IMAGES}")],
+    ids=["truncated", "not gzip", "another data set's", "absent"])
+@pytest.mark.parametrize("policy", ["real", "auto"])
+def test_damaged_files_are_refused_under_every_policy(packed, content, said, policy):
+    path = packed / f"{IMAGES}.gz"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(Refused, match=said):
+        folders.find_data("Fashion-MNIST", policy, packed)
+
+
+# --- CIFAR ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    """A small archive in CIFAR-100's format, its files, their content; and torchvision's class with their MD5."""
+    g, dataset = np.random.default_rng(0), torchvision.datasets.CIFAR100
+    source, archive = tmp_path / "source" / dataset.base_folder, tmp_path / "archive" / dataset.filename
+    source.mkdir(parents=True)
+    archive.parent.mkdir()
+    content = {name: {"data": g.integers(256, size=(n, 3072), dtype=np.uint8),
+                      "fine_labels": g.integers(100, size=n).tolist()} for name, n in (("train", 40), ("test", 20))}
+    content["meta"] = {"fine_label_names": [f"class {i}" for i in range(100)]}
+    for name, values in content.items():
+        (source / name).write_bytes(pickle.dumps(values))
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(source, dataset.base_folder)
+    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in (*source.iterdir(), archive)}
+    for key, value in (("tgz_md5", md5[archive.name]), ("train_list", [["train", md5["train"]]]),
+                       ("test_list", [["test", md5["test"]]]), ("meta", {**dataset.meta, "md5": md5["meta"]})):
+        monkeypatch.setattr(dataset, key, value)
+    return archive, source, content
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_cifar_100_is_read_as_torchvision_reads_it(cifar100, data_dir, monkeypatch, unpacked):
+    archive, source, content = cifar100
+    data = folders.find_data("CIFAR-100", "real", (source if unpacked else archive).parent)
+    assert data.classes == 100 and data.description["source"] == "real"
+    for name, images, labels in (("train", data.train_images, data.train_labels),
+                                 ("test", data.test_images, data.test_labels)):
+        assert labels.tolist() == content[name]["fine_labels"]
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
+        # A row of the file is 1024 red values, then green, then blue, each row by row.
+        assert (images.flatten(1).numpy() == content[name]["data"]).all()
+    assert data.mean.flatten().tolist() == pytest.approx([0.5071, 0.4865, 0.4409])
+    assert data.std.flatten().tolist() == pytest.approx([0.2673, 0.2564, 0.2762])
+    if not unpacked:                                            # the archive is unpacked into data/, once
+        assert list(archive.parent.iterdir()) == [archive]
+        assert [path.name for path in data_dir.iterdir()] == ["cifar-100-python"]
+        monkeypatch.setattr(torchvision.datasets.utils, "extract_archive", lambda *_: pytest.fail("unpacked twice"))
+        assert folders.find_data("CIFAR-100", "real", archive.parent).origin == str(archive.parent)
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("test", None, "incomplete or damaged"), ("train", b"\x80", "incomplete or damaged"),
+    ("train", b"cos\nsystem\n(S'touch executed'\ntR.", "incomplete or damaged"),
+    ("cifar-100-python.tar.gz", b"\x1f\x8b", "cifar-100-python.tar.gz has the wrong MD5")],
+    ids=["absent", "truncated", "malicious", "a truncated archive"])
+@pytest.mark.parametrize("policy", ["real", "auto"])
+def test_damaged_files_of_cifar_are_refused_and_never_unpickled(cifar100, tmp_path, monkeypatch, name, content, said,
+                                                                policy):
+    archive, source, _ = cifar100
+    monkeypatch.chdir(tmp_path)
+    path = archive if name == archive.name else source / name
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(Refused, match=said):
+        folders.find_data("CIFAR-100", policy, archive.parent if path == archive else source.parent)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_data_sets_are_those_of_torchvision():
+    """torchvision's classes download them; its checksum is that of the archive that run.json names."""
+    for dataset in common.DATASETS.values():
+        theirs = getattr(torchvision.datasets, dataset.torchvision)
+        assert len(getattr(theirs, "classes", [0] * dataset.classes)) == dataset.classes
+        if "md5" in dataset.description:
+            assert dataset.description["md5"] == theirs.tgz_md5 and theirs.filename in dataset.ways
+
+
+# --- Downloads and the stand-in ------------------------------------------------------------------
+
+
+def test_auto_takes_the_stand_in_and_says_so_where_real_fails(monkeypatch, capsys):
+    monkeypatch.setattr(folders, "download", lambda name, minutes: f"no network, {minutes} minutes")
+    assert folders.find_data("Fashion-MNIST", "auto") is None
     out = capsys.readouterr().out
     assert "SYNTHETIC STAND-IN" in out and "no network, 5 minutes" in out
-    with pytest.raises(common.Refused, match=r"Three ways.*online.*apt-get install.*--data-dir"):
-        common.find_data("Fashion-MNIST", "real")
-    assert common.find_data("Fashion-MNIST", "synthetic") is None
+    with pytest.raises(Refused, match=r"no network, None.*Three ways.*online.*apt-get install.*--data-dir"):
+        folders.find_data("Fashion-MNIST", "real")
+    assert folders.find_data("Fashion-MNIST", "synthetic") is None
 
 
-def test_a_download_that_hangs_is_given_up_and_leaves_nothing(nothing_on_disk, monkeypatch):
+def test_a_download_that_hangs_is_given_up_and_leaves_nothing(data_dir, monkeypatch):
     def hang(command, timeout, **_):
-        (next(nothing_on_disk.iterdir()) / "FashionMNIST").mkdir()        # half of it
+        assert timeout == 300
+        (next(data_dir.iterdir()) / "FashionMNIST").mkdir()                 # half of it
         raise subprocess.TimeoutExpired(command, timeout)
     monkeypatch.setattr(subprocess, "run", hang)
-    assert common._download("Fashion-MNIST", 5) == "not there after 5 minutes"
-    assert list(nothing_on_disk.iterdir()) == []
+    assert folders.download("Fashion-MNIST", 5) == "not finished after 5 minutes"
+    assert list(data_dir.iterdir()) == []
 
 
-def test_a_download_is_read_from_data(nothing_on_disk, fashion_mnist, monkeypatch):
-    """torchvision is replaced by a copy of the real files in its own layout."""
-    real = subprocess.run
+def test_a_download_is_read_from_data(files, packed, data_dir, monkeypatch):
+    """The process of a download runs; in it, torchvision is replaced by a copy of files, or fails."""
+    run = subprocess.run
 
-    def copy(command, **options):
-        scratch = command[-1].split("'")[1]
-        code = (f"import shutil; shutil.copytree({fashion_mnist.origin!r}, "
-                f"{scratch + '/FashionMNIST/raw'!r})")
-        return real([*command[:-1], code], **options)
-    monkeypatch.setattr(subprocess, "run", copy)
-    data = common.find_data("Fashion-MNIST", "real")
-    assert data.origin == str(nothing_on_disk) and data.description["source"] == "real"
-    assert [path.name for path in nothing_on_disk.iterdir()] == ["FashionMNIST"]
+    def replaced(code):
+        monkeypatch.setattr(subprocess, "run", lambda command, **options: run([*command[:-1], code(
+            command[-1].split("'")[1])], **options))
+    replaced(lambda scratch: "import sys; print('Traceback', file=sys.stderr); sys.exit('OSError: no route to host')")
+    with pytest.raises(Refused, match=r"download failed \(OSError: no route to host\)"):
+        folders.find_data("Fashion-MNIST", "real")
+    assert list(data_dir.iterdir()) == []
 
-
-def test_torchvisions_class_is_the_one_that_is_named():
-    for dataset in common.DATASETS.values():
-        assert hasattr(common.torchvision.datasets, dataset.torchvision)
+    common.read_fashion_mnist(packed)
+    done = (data_dir / "FashionMNIST").rename(data_dir.parent / "done")
+    replaced(lambda scratch: f"import shutil; shutil.copytree({str(done)!r}, {scratch + '/FashionMNIST'!r})")
+    data = folders.find_data("Fashion-MNIST", "real")
+    assert data.origin == str(data_dir) and data.description["source"] == "real"
+    assert [path.name for path in data_dir.iterdir()] == ["FashionMNIST"]
 
 
 def test_the_stand_in_is_made_from_its_seed():
     one, same = (common.synthetic(10, (1, 28, 28), 300, 100) for _ in range(2))
     other = common.synthetic(10, (1, 28, 28), 300, 100, seed=1)
-    assert torch.equal(one.train_images, same.train_images)
-    assert not torch.equal(one.train_images, other.train_images)
+    assert torch.equal(one.train_images, same.train_images) and not torch.equal(one.train_images, other.train_images)
     assert one.train_labels.unique().tolist() == list(range(10)) and len(one.test_labels) == 100
     assert one.description["source"] == "synthetic"
     pixels = one.normalise(one.train_images)
-    assert abs(pixels.mean().item()) < 1e-3 and abs(pixels.std().item() - 1) < 1e-3
+    assert abs(pixels.mean().item()) < 1e-5 and abs(pixels.std().item() - 1) < 1e-4
+
+
+def test_capacity_matters_on_the_stand_in():
+    data = common.synthetic(100, (3, 32, 32), 6000, 1000)
+    assert data.train_labels.unique().numel() == 100
+    (x, y), (test, targets) = ((data.normalise(images).flatten(1), labels) for images, labels in (
+        (data.train_images, data.train_labels), (data.test_images, data.test_labels)))
+    errors = []
+    for hidden in (0, 32, 256):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3072, hidden), nn.ReLU(), nn.Linear(hidden, 100)) if hidden else nn.Linear(
+            3072, 100)
+        sgd = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+        for _ in range(6):
+            for rows in torch.randperm(6000).split(100):
+                sgd.zero_grad()
+                F.cross_entropy(network(x[rows]), y[rows]).backward()
+                sgd.step()
+        errors.append((network(test).argmax(1) != targets).double().mean().item())
+    assert errors[0] > errors[1] + 0.05 > errors[2] + 0.2, errors
+
+
+# --- Augmentation --------------------------------------------------------------------------------
+
+
+def test_every_crop_and_flip_equals_torchvisions():
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(images, [4] * 4)
+    moves = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
+    rows = torch.arange(len(moves)) % 5
+    out = common.crop_and_flip(padded, rows, moves)
+    assert out.shape == (162, 3, 32, 32) and out.dtype == torch.uint8
+    for mine, row, (top, left, flip) in zip(out, rows, moves.tolist(), strict=True):
+        image = tv.hflip(images[row]) if flip else images[row]
+        assert torch.equal(mine, tv.crop(tv.pad(image, 4), top, left, 32, 32))
+    own = common.crop_and_flip(padded, rows.view(81, 2), moves.view(81, 2, 3))      # (N, M)
+    assert torch.equal(own.flatten(0, 1), out)
+
+
+def test_moves_are_uniform_and_each_images_own():
+    moves = common.draw_moves((20_000,), torch.Generator().manual_seed(0))
+    for column, values in ((0, 9), (1, 9), (2, 2)):
+        counts = moves[:, column].bincount()
+        assert len(counts) == values and (counts / 20_000 - 1 / values).abs().max() < 0.01
+    assert common.draw_moves((50, 4), torch.Generator()).shape == (50, 4, 3)

@@ -1,21 +1,21 @@
-"""Runs that were interrupted go on from their checkpoints, and nothing damaged is believed."""
+"""An interrupted run goes on from its checkpoint, and nothing that is damaged is used."""
 
-import collections
-import fcntl
+import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import study
 import common
-import make_figures
+import folders
 import robustness
 import train_convnet_cifar
 import train_densenet_cifar
@@ -25,16 +25,13 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(common.__file__).parent
-SETTINGS = {"members": 3, "seed": 0, "epochs": 5, "train": 60, "validation": 20, "test": 40,
-            "batch": 25, "augment": False, "momentum": 0.9, "nesterov": False,
-            "weight_decay": 1e-3, "decay": [0.5]}
+SETTINGS = {"members": 3, "seed": 0, "epochs": 5, "train": 60, "validation": 20, "test": 40, "batch": 25,
+            "augment": False, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3, "decay": [0.5]}
 MLP = {"hidden": 3, "lr": 0.4}
 DENSENET = {"depth": 10, "growth": 2, "lr": 0.1, "precision": "fp32", "augment": True}
 CASES = {
     "MLP": (train_mlp_fmnist, "joint", MLP),
-    "MLP, no momentum, no validation": (train_mlp_fmnist, "joint",
-                                        MLP | {"momentum": 0.0, "validation": 0}),
+    "MLP, no momentum, no validation": (train_mlp_fmnist, "joint", MLP | {"momentum": 0.0, "validation": 0}),
     "bagging by weights": (train_mlp_fmnist, "bagging", MLP | {"bagging": "weights"}),
     "DenseNet": (train_densenet_cifar, "joint", DENSENET),
     "bagging by copies": (train_densenet_cifar, "bagging", DENSENET | {"bagging": "resample"})}
@@ -46,93 +43,123 @@ def data():
             train_densenet_cifar: common.synthetic(5, (3, 16, 16), 100, 40)}
 
 
-def case(name):
-    module, method, changes = CASES[name]
-    return module, common.Run("test", module.EXPERIMENT.name, "small", method, 0.0, 0,
-                              SETTINGS | changes, weights=True)
-
-
-def do(name, data, results, end=None):
-    """Trains a run, or until an epoch `end`, at which it is interrupted."""
-    def progress(epoch, history):
-        if epoch == end:
-            raise KeyboardInterrupt
-    module, run = case(name)
-    return common.do_run(module.EXPERIMENT, run, data[module], results, progress)
-
-
-def outcome(name, results):
-    """All that a run leaves, but for its times."""
-    folder = results / case(name)[1].path
-    assert {path.name for path in folder.iterdir()} >= {"run.json", "history.npz", "weights.pt"}
-    record = common.read_run(folder)
-    arrays = common.load_history(folder) | {
-        f"weights {key}": value.numpy()
-        for key, value in common.load_weights(folder, "cpu").items()}
-    return record["result"], arrays
-
-
-def same(one, other):
-    assert one[0] == other[0] and one[1].keys() == other[1].keys()
-    for key, value in one[1].items():
-        np.testing.assert_array_equal(value, other[1][key], err_msg=key)
-    return True
-
-
-damaged = pytest.mark.parametrize("damage", [
-    lambda content: b"", lambda content: content[:len(content) // 2],
-    lambda content: content[:-1],
-    *(lambda content, at=at: content[:int(at * len(content))] + bytes([
-        content[int(at * len(content))] ^ 4]) + content[int(at * len(content)) + 1:]
-      for at in (0.0, 0.3, 0.6, 0.999))])
-
-
 @pytest.fixture
 def every_epoch(monkeypatch):
-    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(folders, "CHECKPOINT_SECONDS", 0)
+
+
+def case(name):
+    module, method, changes = CASES[name]
+    return module, study.Run("test", module.EXPERIMENT.name, "small", method, 0.0, 0, SETTINGS | changes, weights=True)
+
+
+def train(name, data, results, end=None):
+    """Trains a run, or until an epoch `end`, at which it is interrupted; returns the epochs that were trained."""
+    epochs, (module, run) = [], case(name)
+
+    def report(epoch, history):
+        epochs.append(epoch)
+        if epoch == end:
+            raise KeyboardInterrupt
+    (results / run.path).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(KeyboardInterrupt) if end else contextlib.nullcontext():
+        study.do_run(module.EXPERIMENT, run, data[module], results, report)
+    return epochs
+
+
+def equal(name, one, other):
+    """Holds all that a run left in two folders equal, to the bit, but for its times."""
+    results, arrays = [], []
+    for folder in (one / case(name)[1].path, other / case(name)[1].path):
+        results.append(folders.whole_run(folder)["result"])
+        arrays.append(folders.load_history(folder) | folders.load_weights(folder, "cpu"))
+        assert not (folder / "checkpoint.pt").exists()
+    assert results[0] == results[1] and arrays[0].keys() == arrays[1].keys()
+    for key, value in arrays[0].items():
+        np.testing.assert_array_equal(value, arrays[1][key], err_msg=key)
+
+
+class Malice:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def flip(at):
+    """Damages one bit of a file's content, at a share of its length."""
+    return lambda content: b"".join((content[:int(at * len(content))], bytes([content[int(at * len(content))] ^ 4]),
+                                     content[int(at * len(content)) + 1:]))
+
+
+damage = pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:len(content) // 2], lambda content: content[:-1],
+    flip(0), flip(0.3), flip(0.6), flip(0.999)])
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_interrupted_twice_equals_one_that_was_not(data, tmp_path, name, every_epoch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        (folder / case(name)[1].path).mkdir(parents=True)
-    do(name, data, whole)
-    for end in (2, 4):
-        with pytest.raises(KeyboardInterrupt):
-            do(name, data, parts, end)
-    seen = []
-    module, run = case(name)
-    common.do_run(module.EXPERIMENT, run, data[module], parts, lambda epoch, _: seen.append(epoch))
-    assert seen == [4, 5]                   # what was checkpointed is not done again
-    assert same(outcome(name, whole), outcome(name, parts))
-    assert not (parts / run.path / "checkpoint.pt").exists()
+    assert train(name, data, tmp_path / "whole") == [1, 2, 3, 4, 5]
+    assert train(name, data, tmp_path / "parts", 2) == [1, 2]
+    assert train(name, data, tmp_path / "parts", 4) == [2, 3, 4]
+    assert train(name, data, tmp_path / "parts") == [4, 5]
+    equal(name, tmp_path / "whole", tmp_path / "parts")
 
 
-def test_checkpoints_are_a_minute_apart(data, tmp_path):
-    (tmp_path / case("MLP")[1].path).mkdir(parents=True)
+def test_checkpoints_are_a_minute_apart_and_count_the_time_before_them(data, tmp_path, monkeypatch):
+    """Each look at the clock takes no time, and each epoch 35 seconds."""
+    clock, written, (module, run), write = [0], [], case("MLP"), folders.write
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(folders, "write", lambda path, save: written.append((path.name, clock[0])) or write(path, save))
+    (tmp_path / run.path).mkdir(parents=True)
+
+    def report(epoch, history):
+        clock[0] += 35
+        if clock[0] == 4 * 35:
+            raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        do("MLP", data, tmp_path, 4)
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+        study.do_run(module.EXPERIMENT, run, data[module], tmp_path, report)
+    assert written == [("checkpoint.pt", 70)]
+    study.do_run(module.EXPERIMENT, run, data[module], tmp_path, report)        # three epochs more
+    assert written[1:3] == [("checkpoint.pt", 210), ("history.npz", 245)]
+    assert folders.read_run(tmp_path / run.path)["seconds"] == 5 * 35
 
 
-@damaged
-def test_a_damaged_checkpoint_is_set_aside_and_told(data, tmp_path, damage, capsys, every_epoch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        (folder / case("MLP")[1].path).mkdir(parents=True)
-    do("MLP", data, whole)
-    with pytest.raises(KeyboardInterrupt):
-        do("MLP", data, parts, 3)
-    (path,) = parts.rglob("checkpoint.pt")
-    content = damage(path.read_bytes())
+@pytest.mark.parametrize("alter, reason", [
+    *((each, "damaged") for each in damage.args[1]),
+    (lambda content: sealed({"settings": "{}", "weights": {}, "momenta": [], "lowest": 0.5}), "of another version"),
+    (lambda content: sealed(torch.load(io.BytesIO(content[:-32])) | {"best": Malice()}), "damaged")])
+def test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(data, tmp_path, alter, reason, capsys,
+                                                                       every_epoch):
+    """And it is data, not code: `Malice` would end the tests."""
+    train("MLP", data, tmp_path / "whole")
+    train("MLP", data, tmp_path / "parts", 3)
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    content = alter(path.read_bytes())
     path.write_bytes(content)
-    do("MLP", data, parts)
-    assert f"{path} is damaged: it is set aside as damaged-" in capsys.readouterr().out
+    assert train("MLP", data, tmp_path / "parts") == [1, 2, 3, 4, 5]
     (aside,) = path.parent.glob("damaged-*-checkpoint.pt")
+    assert f"{path} is {reason}: it is set aside as {aside.name}, and the run begins anew" in capsys.readouterr().out
     assert aside.read_bytes() == content
-    assert same(outcome("MLP", whole), outcome("MLP", parts))
+    equal("MLP", tmp_path / "whole", tmp_path / "parts")
 
+
+def sealed(state):
+    """The content of a checkpoint whose checksum fits."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue() + hashlib.sha256(content.getvalue()).digest()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, every_epoch, monkeypatch):
+    train("MLP", data, tmp_path, 3)
+    monkeypatch.setitem(SETTINGS, "batch", 20)
+    with pytest.raises(common.Refused, match=r"checkpoint.pt holds results from .* batch is 25 there and 20 now"):
+        train("MLP", data, tmp_path)
+
+
+# --- Finished runs -------------------------------------------------------------------------------
 
 SELECT = ("--preset", "smoke", "--only", "64x16H", "--lambdas", "0", "--trials", "1")
 SHORT = (*SELECT, "--epochs", "1")
@@ -142,176 +169,141 @@ SHORT = (*SELECT, "--epochs", "1")
 def trained(tmp_path_factory):
     """A folder in which SHORT was trained."""
     folder = tmp_path_factory.mktemp("finished")
-    subprocess.run([sys.executable, ROOT / "train_mlp_fmnist.py", *SHORT], cwd=folder, check=True)
+    subprocess.run([sys.executable, train_mlp_fmnist.__file__, *SHORT], cwd=folder, check=True)
     return folder
 
 
 @pytest.fixture
 def folder(trained, script):
-    """That run's folder, in a copy that is the current one."""
+    """The folder of that run, in a copy that is the current folder."""
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     return Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
 
 
-@damaged
+@damage
 @pytest.mark.parametrize("name", ["run.json", "history.npz", "weights.pt"])
-def test_a_damaged_run_is_never_drawn_and_is_done_anew(script, folder, name, damage):
+def test_a_damaged_run_is_never_read_and_is_made_anew(script, folder, name, damage):
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    content = damage(whole[name])
-    (folder / name).write_bytes(content)
-    reader = {"history.npz": (make_figures, "fig9", "--preset", "smoke"),
-              "weights.pt": (robustness, *SELECT),
-              "run.json": (make_figures, "fig3", "--preset", "smoke")}[name]
-    status, _, err = script(*reader)
-    assert status == 2 and err.count("\n") == 1 and f"{folder / name} is damaged" in err
+    (folder / name).write_bytes(damage(whole[name]))
+    with pytest.raises(folders.Damaged, match=f"{folder / name} is damaged .* sets the run aside .* remove {folder}$"):
+        folders.whole_run(folder)
+    if name != "history.npz":           # which robustness.py does not read
+        status, _, err = script(robustness, *SELECT)
+        assert status == 2 and err.count("\n") == 1 and f"{folder / name} is damaged" in err
     status, out, _ = script(train_mlp_fmnist, *SHORT)
-    assert status == 0 and f"{folder}: what is damaged there is set aside as damaged-" in out
     (aside,) = folder.glob("damaged-*")
-    assert (aside / name).read_bytes() == content
-    for other in ("history.npz", "weights.pt"):
-        assert (folder / other).read_bytes() == whole[other]
-    assert script(train_mlp_fmnist, *SHORT)[1].count("0 to do") == 1
+    assert status == 0 and f"{folder}: the damaged run is set aside as {aside.name} and made anew" in out
+    assert (aside / name).read_bytes() == damage(whole[name])
+    assert all((folder / other).read_bytes() == whole[other] for other in ("history.npz", "weights.pt"))
+    assert "0 of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
 
 
-def test_a_damaged_measurement_is_done_anew_and_one_that_is_being_made_is_left(
-        script, folder, monkeypatch):
+def test_a_damaged_measurement_is_made_anew(script, folder):
     assert script(robustness, *SELECT)[0] == 0
     (path,) = Path("results/smoke/robustness-example").rglob("history.npz")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    status, _, err = script(make_figures, "fig8", "--preset", "smoke")
-    assert status == 2 and f"{path} is damaged" in err
     status, out, _ = script(robustness, *SELECT)
     assert status == 0 and "0 measured before" in out and "set aside as damaged-" in out
     assert path.read_bytes() == whole
-    shutil.rmtree(path.parent)
-    path.parent.mkdir()
-    with open(path.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr(time, "sleep", lambda seconds: lock.close())    # the other ends
-        status, out, _ = script(robustness, *SELECT)
-    assert status == 0 and "waiting for 1 runs that other processes are at" in out
-    assert path.read_bytes() == whole
+
+
+def test_a_run_folder_without_its_weights_is_finished_and_robustness_passes_over_it(script, folder):
+    assert script(train_mlp_fmnist, *SHORT, "--lambdas", "1")[0] == 0
+    (folder / "weights.pt").unlink()
+    assert folders.whole_run(folder) and "train_ensemble_loss" in folders.load_history(folder)
+    assert "0 of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
+    status, out, _ = script(robustness, "--preset", "smoke")
+    assert status == 0 and "robustness: 1 trained runs" in out and "64x16H lambda 1 trial 0: test error" in out
+
+
+def test_stacking_says_that_the_weights_of_its_members_are_missing(script):
+    assert script(train_mlp_fmnist, *TINY)[0] == 0
+    (path,) = Path().rglob("weights.pt")
+    path.unlink()
+    status, _, err = script(train_mlp_fmnist, *TINY, "--methods", "stacking")
+    assert status == 2 and err.count("\n") == 1 and str(path.parent) in err and "remove" in err
+    assert "sets the run aside" not in err              # since a run that is whole but for them is not
+
+
+def test_a_run_that_was_made_without_the_weights_it_must_keep_is_made_anew(script):
+    assert script(train_mlp_fmnist, *SHORT, "--set", "weights=[]", "methods=[joint]")[0] == 0
+    assert not list(Path().rglob("weights.pt"))
+    for to_do in (1, 0):
+        assert f"{to_do} of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
+        assert len(list(Path().rglob("weights.pt"))) == 1
 
 
 def test_weights_that_are_code_are_not_run(script, folder):
     """With a checksum that fits, as someone who sends both can make it."""
-    record = common.read_run(folder)
+    record = folders.read_run(folder)
     torch.save({"hidden_weight": Malice()}, folder / "weights.pt")
-    content = (folder / "weights.pt").read_bytes()
-    record["sha256"]["weights.pt"] = hashlib.sha256(content).hexdigest()
-    (folder / "run.json").write_text(json.dumps(record | {"seal": common.seal(record)}))
+    record["sha256"]["weights.pt"] = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()
+    (folder / "run.json").write_text(json.dumps(record | {"seal": folders.seal(record)}))
     status, _, err = script(robustness, *SELECT)
     assert status == 2 and "weights.pt is damaged (it holds more than weights)" in err
 
 
-def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, every_epoch, monkeypatch):
-    (tmp_path / case("MLP")[1].path).mkdir(parents=True)
-    with pytest.raises(KeyboardInterrupt):
-        do("MLP", data, tmp_path, 3)
-    monkeypatch.setitem(SETTINGS, "batch", 20)
-    with pytest.raises(common.Refused, match="batch is 25 there and 20 now"):
-        do("MLP", data, tmp_path)
+# --- A whole study, killed again and again -------------------------------------------------------
 
-
-class Malice:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
-
-
-def test_a_checkpoint_is_data_and_not_code(data, tmp_path, every_epoch, monkeypatch, capsys):
-    (tmp_path / case("MLP")[1].path).mkdir(parents=True)
-    real = torch.save
-    monkeypatch.setattr(torch, "save", lambda state, file: real(state | {"best": Malice()}, file))
-    with pytest.raises(KeyboardInterrupt):
-        do("MLP", data, tmp_path, 3)
-    monkeypatch.setattr(torch, "save", real)
-    do("MLP", data, tmp_path)               # it does not leave with "executed"
-    assert "checkpoint.pt is damaged: it is set aside as damaged-" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, heed_ctrl_c, number, status):
-    command = [sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke", "--only",
-               "1x1024H", "--trials", "1", "--epochs", "100000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
-    while not list(tmp_path.rglob(".lock")):
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == status
-    assert err.strip().startswith("stopped;") and "the same command goes on" in err
-    assert "Traceback" not in err
-
-
-# --- A whole study, killed again and again --------------------------------------------------------
-
-STUDY = {train_mlp_fmnist: ["--only", "256x4H", "--lambdas", "1", "--methods", "joint", "bagging",
-                             "--epochs", "6"],
+STUDY = {train_mlp_fmnist: ["--only", "256x4H", "--lambdas", "1", "--methods", "joint", "bagging", "--epochs", "6"],
          train_densenet_cifar: ["--only", "DN-High", "--methods", "bagging", "stacking"]}
 
 
-def do_study(folder):
-    """The commands of STUDY in a folder, in a process that has all imported."""
+def do_study(folder, jobs):
+    """Gives the commands of STUDY in a folder, in a process that has imported everything."""
     os.chdir(folder)
-    torch.set_num_threads(1)
-    common.CHECKPOINT_SECONDS = 0
-    common.estimate = lambda experiment, runs, data: [(1, 1, 1)] * len(runs)    # and begin at once
+    folders.CHECKPOINT_SECONDS = 0
+    study.estimate = lambda experiment, runs, data: {run.path: 1.0 for run in runs}     # and training begins at once
     for module, arguments in STUDY.items():
-        sys.argv = [module.__file__, "--preset", "smoke", "--trials", "1", *arguments]
-        common.command_line(module.main)
+        sys.argv = [module.__file__, "--preset", "smoke", "--trials", "1", "--jobs", str(jobs), *arguments]
+        study.command_line(module.main)
 
 
 def test_a_study_killed_at_twenty_moments_equals_one_that_was_not(tmp_path, monkeypatch):
-    """kill -9, and the same command again; when a study comes to its end, another one begins."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))     # of the server, which imports
-    context = multiprocessing.get_context("forkserver")             # torch once for all processes
+    """kill -9, and the same command again; when a study comes to its end, another one begins.
+
+    Every other study trains its runs in worker processes, which end with the process that is killed.
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))     # of the server, which imports torch once for all
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
-    def start(folder):
+    def start(folder, jobs):
         folder.mkdir(exist_ok=True)
-        process = context.Process(target=do_study, args=(folder,))
+        process = context.Process(target=do_study, args=(folder, jobs))
         process.start()
         return process
 
     def outcomes(folder):
         """What came out of each run, and the checksums of its files."""
-        rows = {}
-        for path in sorted(folder.rglob("run.json")):
-            record = common.whole_run(path.parent)
-            rows[str(path.parent.relative_to(folder))] = record["result"], record["sha256"]
-        return rows
+        records = {path.relative_to(folder): folders.whole_run(path.parent) for path in folder.rglob("run.json")}
+        return {path: (record["result"], record["sha256"]) for path, record in records.items()}
 
-    whole = start(tmp_path / "whole")
-    began = time.perf_counter()
+    whole, began = start(tmp_path / "whole", 1), time.perf_counter()
     whole.join()
-    took = time.perf_counter() - began
-    assert whole.exitcode == 0
-    expected = outcomes(tmp_path / "whole")
-    assert len(expected) == 5
-    moments, kills, studies, states = random.Random(0), 0, 0, collections.Counter()
+    took, expected = time.perf_counter() - began, outcomes(tmp_path / "whole")
+    assert whole.exitcode == 0 and len(expected) == 5
+    moments, kills, studies, states = random.Random(0), 0, 0, set()
     while kills < 20:
         studies += 1
         folder = tmp_path / f"study{studies}"
         while True:
-            process = start(folder)
+            process = start(folder, 1 + studies % 2)
             process.join(moments.uniform(0, took / 3) if kills < 20 else None)
             if process.exitcode is not None:
                 break
             process.kill()
             process.join()
             kills += 1
-            states[len(list(folder.rglob("checkpoint.pt"))), len(list(folder.rglob(".*")))] += 1
-        assert process.exitcode == 0
-        assert outcomes(folder) == expected
-        assert not [path for path in folder.rglob("*") if path.name.startswith("damaged-")
-                    or path.name == "checkpoint.pt"]
+            states.add((len(list(folder.rglob("checkpoint.pt"))), len(list(folder.rglob(".*")))))
+        assert process.exitcode == 0 and outcomes(folder) == expected
+        assert not [*folder.rglob("damaged-*"), *folder.rglob("checkpoint.pt")]
     assert len(states) > 1, "killed always in the same state"
 
 
 # --- Disks ---------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def mounted(tmp_path):
@@ -320,8 +312,7 @@ def mounted(tmp_path):
     folder.mkdir()
 
     def mount(options):
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
-                              capture_output=True, text=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
         if done.returncode:
             assert not os.environ.get("CI"), done.stderr
             pytest.skip(f"no file system can be mounted here: {done.stderr}")
@@ -333,57 +324,41 @@ def mounted(tmp_path):
 TINY = ("--preset", "smoke", "--only", "256x4H", "--lambdas", 0, "--trials", 1, "--epochs", 2)
 
 
-def test_a_disk_that_gets_full_loses_nothing_and_goes_on_when_there_is_room(script, mounted,
-                                                                            monkeypatch):
-    disk = mounted("size=5m")
-    command = (*TINY, "--results", disk)
-    monkeypatch.setattr(common, "need_room", lambda folder, costs: None)    # it fills up meanwhile
-    (disk / "others").write_bytes(bytes(3_000_000))
+@pytest.mark.parametrize("jobs, trials", [(1, 1), (2, 2)])
+def test_a_full_disk_loses_nothing_and_the_command_goes_on_when_there_is_room(script, mounted, jobs, trials):
+    disk = mounted("size=9m")
+    command = (*TINY, "--results", disk, "--jobs", jobs, "--trials", trials)
+    (disk / "others").write_bytes(bytes(7_000_000))
     status, _, err = script(train_mlp_fmnist, *command)
-    assert status == 2 and err.count("\n") == 1
-    assert "weights.pt cannot be written: No space left on device" in err
+    assert status == 2 and err.count("\n") == 1 and "weights.pt cannot be written: No space left on device" in err
     assert not list(disk.rglob("*weights.pt*")) and not list(disk.rglob("run.json"))
     (disk / "others").unlink()
     assert script(train_mlp_fmnist, *command)[0] == 0
-    assert len(list(disk.rglob("run.json"))) == 1
+    assert len(list(disk.rglob("run.json"))) == trials
 
 
-def test_a_disk_without_room_for_the_plan_is_told_before_anything_is_done(script, mounted):
-    disk = mounted("size=5m")
+def test_a_read_only_disk(script, mounted):
+    disk = mounted("ro")
     status, _, err = script(train_mlp_fmnist, *TINY, "--results", disk)
     assert status == 2 and err.count("\n") == 1
-    assert "MB free and the runs to do need about 13 MB: make room" in err
-    assert not list(disk.iterdir())
-
-
-def test_a_folder_that_is_read_only_is_told(script, mounted):
-    disk = mounted("ro")
-    for module in (train_mlp_fmnist, make_figures):
-        flags = (*TINY, "--results", disk) if module is train_mlp_fmnist else (
-            "table3", "--preset", "smoke", "--figures-dir", disk)
-        status, _, err = script(module, *flags)
-        assert status == 2 and err.count("\n") == 1
-        assert str(disk) in err and "cannot be written: Read-only file system" in err
+    assert err.startswith(f"error: {disk} cannot be written: Read-only file system")
 
 
 # --- The same numbers every time -----------------------------------------------------------------
 
+
 def test_deterministic_algorithms_are_enough_for_every_network(script):
     """None is missing, which would raise an error; on the CPU nothing changes by them."""
-    select = ("--preset", "smoke", "--trials", 1, "--epochs", 1, "--methods", "joint", "bagging",
-              "--lambdas", 0.5)
+    records = []
     for flags in ((), ("--deterministic",)):
-        try:
-            for module, only in ((train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"),
-                                 (train_convnet_cifar, "ConvNet-0.07M")):
-                assert script(module, *select, "--only", only, "--results", f"results{len(flags)}",
-                              *flags)[0] == 0
-        finally:
-            torch.use_deterministic_algorithms(False)
-    plain, other = ({path.parent.relative_to(folder): common.read_run(path.parent)
-                     for path in Path(folder).rglob("run.json")}
-                    for folder in ("results0", "results1"))
-    assert len(plain) == len(other) == 6
-    for path, record in plain.items():
-        assert record["sha256"] == other[path]["sha256"], path
-        assert not record["machine"]["deterministic"] and other[path]["machine"]["deterministic"]
+        for module, only in ((train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"),
+                             (train_convnet_cifar, "ConvNet-0.07M")):
+            assert script(module, "--preset", "smoke", "--trials", 1, "--epochs", 1, "--methods", "joint", "bagging",
+                          "--lambdas", 0.5, "--only", only, *flags)[0] == 0
+        torch.use_deterministic_algorithms(False)
+        records.append({path: folders.read_run(path.parent) for path in Path("results").rglob("run.json")})
+        shutil.rmtree("results")
+    assert records[0].keys() == records[1].keys() and len(records[0]) == 6
+    for path, record in records[0].items():
+        assert record["sha256"] == records[1][path]["sha256"], path
+        assert (record["machine"]["deterministic"], records[1][path]["machine"]["deterministic"]) == (False, True)

@@ -1,15 +1,17 @@
-"""The README's commands are understood, and its examples work as they stand."""
+"""Every command of the README and of docs/ runs, at smoke size; every number of the README is in expected/."""
 
+import csv
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import study
 import claims
-import common
+import folders
 import make_figures
+import report
 import robustness
 import train_convnet_cifar
 import train_densenet_cifar
@@ -19,56 +21,114 @@ import numpy as np
 import pytest
 import yaml
 
-ROOT = Path(common.__file__).parent
-README = (ROOT / "README.md").read_text()
-TRAINING = {"train_mlp_fmnist.py": train_mlp_fmnist,
-            "train_densenet_cifar.py": train_densenet_cifar,
-            "train_convnet_cifar.py": train_convnet_cifar}
-SCRIPTS = TRAINING | {"robustness.py": robustness, "make_figures.py": make_figures,
-                      "claims.py": claims}
-COMMANDS = sorted(set(re.findall(r"`python (\w+\.py[^`]*)`", README)))
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "mystudy" not in c])
-def test_commands_are_understood(script, command):
-    name, *arguments = shlex.split(command)
-    plan = ["--dry-run"] if name in TRAINING else []
-    status, out, err = script(SCRIPTS[name], *arguments, *plan)
-    said = {"robustness.py": "no trained weights", "make_figures.py": "NOT DRAWN",
-            "claims.py": "NOT DRAWN"}
-    said = "to do" if name in TRAINING else said[name]
-    if set(arguments) & {"table1", "table3"}:                   # which need no runs
-        said = f"figures: complete: {arguments[0]}"
-    if "--compare" in arguments:                                # the copy has no expected/
-        said = "expected/quick is not a folder"
-    assert said in out + err, (status, out, err)
-
-
-def test_presets_are_those_of_the_file():
-    named = set(re.findall(r"bash run_all\.sh (\w+)", README)) - {"test"}
-    assert named == set(yaml.safe_load((ROOT / "presets.yaml").read_text()))
-
-
-def test_every_file_of_the_table_exists():
-    named = re.findall(r"^\| `([\w/.]+)` \| ", README, re.M)
-    assert len(named) >= 8 and all((ROOT / name).is_file() for name in named)
+ROOT = folders.HERE
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", ROOT / "ARTIFACT.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES["README.md"]
+SCRIPTS = {f"{module.__name__}.py": module for module in (
+    train_mlp_fmnist, train_densenet_cifar, train_convnet_cifar, robustness, make_figures, claims, report)}
+COMMANDS = list(dict.fromkeys(re.findall(r"(?:`|^    )python (\w+\.py[^`\n#]*?) *(?:`|#|&&|$)", "\n".join(
+    PAGES.values()), re.M)))
+OURS = [command for command in COMMANDS if command.split()[0] in SCRIPTS]
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The package with the README's own study in it, as the README says to put it there."""
-    folder = tmp_path_factory.mktemp("copy")
+def smoke(tmp_path_factory):
+    """A folder in which every command of the pages runs, one after the other, with smoke for its preset."""
+    return tmp_path_factory.mktemp("commands")
+
+
+def test_the_pages_are_short_and_name_only_what_there_is():
+    assert README.count("\n") <= 150 and README.count("![") <= 2
+    for name, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+?)\)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), (name, target)
+    presets = set(re.findall(r"bash run_all\.sh (\w+)", README)) - {"test"}
+    assert presets == set(yaml.safe_load((ROOT / "presets.yaml").read_text()))
+
+
+def test_every_figure_and_table_has_its_row():
+    rows = re.findall(r"^\| ([^|]+) \| (`python [^|]+) \|", README, re.M)
+    made = [name for _, commands in rows
+            for name in re.search(r"make_figures\.py ([\w ]+?) --preset", commands)[1].split()]
+    assert sorted(made) == sorted(make_figures.FIGURES | make_figures.TABLES)
+    for name, commands in rows:
+        for experiment in ("mlp_fmnist", "densenet_cifar", "convnet_cifar"):
+            there = name.removeprefix("Table ") and study.experiment_of(experiment).figures
+            wanted = any(figure in there for figure in made if f"make_figures.py {figure} " in commands)
+            assert (f"train_{experiment}.py" in commands) == wanted, name
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_commands_run_at_smoke_size(smoke, monkeypatch, capsys, command):
+    monkeypatch.chdir(smoke)
+    name, *arguments = shlex.split(re.sub(r"--preset \w+", "--preset smoke", command))
+    monkeypatch.setattr(sys, "argv", [name, *arguments] + ["--preset", "smoke"] * ("--preset" not in command))
+    if name in ("claims.py", "report.py") or "--compare" in arguments:
+        monkeypatch.setattr(sys, "argv", [name, "--preset", "smoke", "--help"])     # (test_study.py runs these)
+    if {"--shard", "--fetch"} & set(arguments) or "CIFAR-10" in command:
+        sys.argv += ["--dry-run", "--data", "synthetic"]
+    try:
+        study.command_line(SCRIPTS[name].main)
+        status = 0
+    except SystemExit as leave:
+        status = leave.code or 0
+    out, err = capsys.readouterr()
+    assert status == 0 and "NOT DRAWN" not in out, (out, err)
+
+
+@pytest.mark.parametrize("preset", ["short", "paper"])
+def test_the_plans_of_the_long_presets(script, fashion_mnist, preset):
+    """As written in the README, up to the end of --dry-run, for the part whose plan takes seconds."""
+    status, out, err = script(train_mlp_fmnist, "--preset", preset, "--dry-run")
+    assert status == 0 and re.search(r"figure 3: \d+ of \d+ runs to do, about", out), err
+
+
+def csv_rows(name):
+    with open(ROOT / "expected" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_numbers_of_the_answer_are_those_of_expected():
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", README.split("## Two commands")[0], re.M)[2:]
+    errors = {(row["configuration"], row["method"]): row for row in csv_rows("paper/fig2.csv")}
+    verdicts = {row["claim"]: row for row in reversed(csv_rows("paper/claims.csv"))}
+    checked = 0
+    for what, _, ours, outcome in rows:
+        if claim := re.match(r"(C\d+):", what):
+            row = verdicts[claim[1]]
+            assert f"{float(row['mean'].split()[0]):.1f} points (n = {row['n']})" == ours
+            assert outcome == row["outcome"], what
+        elif "1x1024H" in what or "256x4H" in what:
+            lam = re.search(r"λ = ([\d.]+)", what)
+            row = errors["256x4H", f"joint-{lam[1]}"] if lam else errors["1x1024H", "joint-1"]
+            assert ours == f"{float(row['test_error_percent']):.1f} % (n = {row['n']})", what
+        else:
+            continue
+        checked += 1
+    assert checked >= 6
+
+
+# --- A study of one's own (docs/own-study.md) ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of the package with the examples of docs/own-study.md in their places."""
+    folder = tmp_path_factory.mktemp("package")
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.yaml")):
         shutil.copy(path, folder)
-    script, dataset = re.findall(r"```python\n(.*?)```", README, re.S)
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    page = PAGES["docs/own-study.md"]
+    script, *datasets = re.findall(r"```python\n(.*?)```", page, re.S)
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
     (folder / "train_mystudy.py").write_text(script)
     paper, others = (folder / "presets.yaml").read_text().split("  robustness:", 1)
-    (folder / "presets.yaml").write_text(f"{paper}{block}  robustness:{others}")
+    (folder / "presets.yaml").write_text(f"{paper}{block}  robustness:{others}\n")
     before, after = script.split("EXPERIMENT =")
-    (folder / "train_mine.py").write_text(f"{before}{dataset}\n\nEXPERIMENT ={after}")
-    with open(folder / "presets.yaml", "a") as file:                      # on the data set's size
-        file.write("\nmine: {mystudy: {dataset: mine, train: 600, validation: 200}}\n")
+    for name, text in zip(("mine", "photos"), datasets, strict=True):
+        (folder / f"train_{name}.py").write_text(f"{before}{text}\n\nEXPERIMENT ={after}")
+        with open(folder / "presets.yaml", "a") as file:                  # on the data set's size
+            file.write(f"\n{name}: {{mystudy: {{dataset: {name}, train: 600, validation: 200}}}}\n")
     return folder
 
 
@@ -78,23 +138,34 @@ def run(folder, *arguments):
     return done.stdout
 
 
-def test_a_study_of_ones_own(copy):
-    out = run(copy, "train_mystudy.py", "--preset", "quick", "--data", "synthetic", "--epochs", "2",
-              "--trials", "1", "--set", "train=1000", "validation=500", "test=500")
-    assert "4 runs, 0 finished, 4 to do" in out and "4xCNN stacking trial 0: test error" in out
-    out = run(copy, "robustness.py", "--preset", "quick")
-    assert "4xCNN lambda 1 trial 0: test error" in out
-    history = common.load_history(copy / "results/quick/mystudy/4xCNN/joint-0.9/trial0")
+def test_a_study_of_ones_own(package):
+    out = run(package, "train_mystudy.py", "--preset", "quick", "--data", "synthetic", "--epochs", "2", "--trials", "1",
+              "--set", "train=1000", "validation=500", "test=500")
+    assert "4 of 4 runs to do" in out and "4xCNN stacking trial 0: test error" in out
+    assert "4xCNN lambda 1 trial 0: test error" in run(package, "robustness.py", "--preset", "quick")
+    history = folders.load_history(package / "results/quick/mystudy/4xCNN/joint-0.9/trial0")
     assert history["validation_member_error"].shape == (2, 4)
 
 
-def test_a_data_set_of_ones_own(copy):
+def made_up_images():
+    """1,200 noisy images (n, 3, 16, 16) whose brightness tells their class, and their labels."""
     g = np.random.default_rng(0)
-    y = g.integers(3, size=1200)
-    x = (g.random((1200, 3, 16, 16)) * 100 + 50 * y[:, None, None, None]).astype(np.uint8)
-    (copy / "mine").mkdir()
-    np.savez(copy / "mine" / "mine.npz", x=x[:900], y=y[:900], test_x=x[900:], test_y=y[900:])
-    out = run(copy, "train_mine.py", "--preset", "mine", "--data", "real", "--data-dir", "mine",
-              "--lambdas", "0.9", "--methods", "joint", "--trials", "1")
-    error = float(re.search(r"test error ([\d.]+) %", out)[1])
-    assert "with mine (real; mine)" in out and error < 20
+    labels = g.integers(3, size=1200)
+    return (g.random((1200, 3, 16, 16)) * 100 + 50 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+@pytest.mark.parametrize("name", ["mine", "photos"])
+def test_a_data_set_of_ones_own(package, name):
+    x, y = made_up_images()
+    if name == "mine":
+        (package / "mine").mkdir()
+        np.savez(package / "mine" / "mine.npz", x=x[:900], y=y[:900], test_x=x[900:], test_y=y[900:])
+    else:
+        pil = pytest.importorskip("PIL.Image")
+        for i, (image, label) in enumerate(zip(x, y, strict=True)):
+            place = package / "photos" / ("train" if i < 900 else "test") / f"class{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            pil.fromarray(image.transpose(1, 2, 0)).save(place / f"{i}.png")
+    out = run(package, f"train_{name}.py", "--preset", name, "--data", "real", "--data-dir", name, "--lambdas", "0.9",
+              "--trials", "1")
+    assert f"with {name} (real; {name})" in out and float(re.search(r"test error ([\d.]+) %", out)[1]) < 20

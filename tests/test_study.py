@@ -7,25 +7,25 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import study as machinery
 import claims
 import common
+import folders
 import make_figures
 import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
+from finished import FinishedRuns, mean_and_error
 
 import numpy as np
 import pytest
-import torch
 
-ROOT = Path(common.__file__).parent
-FIGURES = tuple(make_figures.FIGURES)
-TABLES = tuple(make_figures.TABLES)
+ROOT = folders.HERE
+FIGURES, TABLES = (tuple(map(make_figures.stem, some)) for some in (make_figures.FIGURES, make_figures.TABLES))
 TRAINING = {"mlp_fmnist": 2 * (1 + 3 * 7 + 2), "densenet_cifar": 2 * 3 * (4 + 3),
             "convnet_cifar": 2 * (5 * 3 + 2)}          # smoke's runs: 2 trials
 
@@ -36,9 +36,8 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke") / "my study"
     folder.mkdir()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", ROOT / "run_all.sh", "smoke", "--results", "results",
-                           "--figures-dir", "figures"], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"PATH": path})
+    done = subprocess.run(["bash", ROOT / "run_all.sh", "smoke", "--results", "results", "--figures-dir", "figures"],
+                          cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
     return folder
@@ -51,7 +50,7 @@ def records(study, experiment="mlp_fmnist"):
 
 def sealed(record):
     """A run.json as the package writes it."""
-    return json.dumps(record | {"seal": common.seal(record)})
+    return json.dumps(record | {"seal": folders.seal(record)})
 
 
 def table(folder, figure):
@@ -59,29 +58,21 @@ def table(folder, figure):
         return list(csv.DictReader(file))
 
 
+# --- What a study leaves -------------------------------------------------------------------------
+
+
 def test_every_promised_file_is_there(study):
     figures = study / "figures" / "smoke"
     assert sorted(p.name for p in figures.iterdir()) == sorted(
-        ["report.html", "report.md", "runs.csv", "tables.tex", "fig6-dominance.csv",
+        ["report.html", "claims.csv", "runs.csv", "fig6-dominance.csv",
          *(f"{figure}.{kind}" for figure in FIGURES for kind in ("csv", "pdf", "png")),
-         *(f"{table}.{kind}" for table in TABLES for kind in ("csv", "md", "tex"))])
+         *(f"{table}.{kind}" for table in TABLES for kind in ("csv", "md"))])
+    assert all(p.stat().st_size > (200 if p.name.startswith("table") else 500) for p in figures.iterdir())
     assert len(table(study, "runs")) == sum(TRAINING.values())
-    assert all(p.stat().st_size > (200 if p.name.startswith("table") else 500)
-               for p in figures.iterdir())
     for name, count in TRAINING.items():
-        experiment = common.experiment_of(name)
-        block = common.experiment_settings(common.load_preset("smoke"), "smoke", experiment)
-        for c in block["configurations"].values():
-            if "precision" in c:
-                c["precision"] = "bf16" if common.bf16_is_fast(torch.device("cpu")) else "fp32"
-        runs = common.list_runs("smoke", experiment, block,
-                                {"name": "synthetic stand-in", "source": "synthetic", "seed": 0})
-        assert len(runs) == count
-        for run in runs:
-            assert common.finished(run, study / "results")
-            kept = {p.name for p in (study / "results" / run.path).iterdir()}
-            assert kept == {"run.json", "history.npz"} | (
-                {"weights.pt"} if run.weights else set())
+        there = list(records(study, name))
+        assert len(there) == count
+        assert all({p.name for p in folder.iterdir()} == {"run.json", *record["sha256"]} for record, folder in there)
     assert sum(1 for _ in records(study, "robustness-example")) == 2 * 2 * 3
     assert {p.name for p in study.iterdir()} == {"results", "figures", "output.txt"}
 
@@ -96,39 +87,32 @@ def test_weights_are_kept_only_where_something_needs_them(study):
         *(("10xConvNet-0.29M", f"joint-{lam}") for lam in ("0", "1"))}
 
 
-def test_the_output_says_what_was_chosen_planned_and_made(study):
+def test_the_output_says_what_was_chosen_planned_made_and_tested(study):
     lines = (study / "output.txt").read_text()
     assert lines.startswith("preset smoke, as asked\n") and "\r" not in lines
-    assert "48 runs, 0 finished, 48 to do: about" in lines and "MB" in lines
+    assert "mlp_fmnist: 48 of 48 runs to do, about" in lines and "\n  figure 9: 14 of 14 runs to do" in lines
+    assert re.search(r"\[48/48\] .*: test error", lines)
     assert lines.rstrip().splitlines()[-1].startswith("done in ")
     for figure in FIGURES:
         assert f"{figure}: complete, {study}/figures/smoke/{figure}.pdf, .png, .csv" in lines
-    for name in TABLES:
-        assert f"{name}: complete, {study}/figures/smoke/{name}.md, .tex, .csv" in lines
     assert f"figures: complete: {' '.join(FIGURES + TABLES)}" in lines
-    claimed = lines.split("The paper's claims, on these runs:\n")[1].splitlines()
-    assert [line.split()[0] for line in claimed[:21]] == list(claims.DECIDED_BY)
-    exact = {f"C{i}" for i in range(15, 21)}
-    for line in claimed[:21]:           # two trials decide nothing but what can be computed
-        name, verdict = line.split()[:2]
-        assert verdict == ("holds" if name in exact else "undecided"), line
-        assert ("(on synthetic data, on reduced runs)" in line) == (name not in exact)
-    assert claimed[21:23] == ["21 claims: 6 hold, 15 are undecided",
-                              f"report: {study}/figures/smoke/report.html"]
+    not_tested, exact = re.search(r"\nnot tested:\n(.*?)\n\nidentities and errata, computed:\n(.*?)\n\n", lines,
+                                  re.S).groups()
+    assert [line.split()[:3] for line in not_tested.splitlines()] == [[name, "stand-in", "data"]
+                                                                      for name in claims.EMPIRICAL]
+    assert [line.split()[1] for line in exact.splitlines()] == ["verified"] * 5 + ["erratum"] * 4 + ["note"]
+    assert "0 of 18 empirical claims tested at the paper's protocol" in lines
+    assert f"report: {study}/figures/smoke/report.html" in lines
 
 
 def test_the_report_has_every_figure_and_is_one_page(study):
-    folder = study / "figures" / "smoke"
-    page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
-    assert page.count('src="data:image/png;base64,') == len(FIGURES) == page.count('<img alt="Fig')
-    assert "http" not in re.sub(r"base64,[^\"]*", "", page)         # nothing is fetched
-    assert page.count("<table>") == text.count("\n|---") + text.count("\n| ---") >= 8
-    for figure in FIGURES:
-        assert f"]({figure}.png)" in text and (folder / f"{figure}.png").is_file()
-    for run in ("python train_densenet_cifar.py --preset smoke --only DN-Low DN-Mid DN-High "
-                "--lambdas 0 0.5 0.9 1", "python make_figures.py fig9 --preset smoke"):
-        assert run in text
-    assert "SYNTHETIC STAND-IN DATA" in text and "| open question |" in text
+    page = (study / "figures/smoke/report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == len(FIGURES) == page.count("<img alt=")
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page) and "<script" not in page       # nothing is fetched
+    for run in ("python train_densenet_cifar.py --preset smoke --figure table2",
+                "python robustness.py --preset smoke --figure 7", "python make_figures.py 9 --preset smoke"):
+        assert run in page
+    assert "SYNTHETIC STAND-IN DATA" in page
 
 
 def test_comparing_with_what_was_expected(study, script, tmp_path):
@@ -142,21 +126,20 @@ def test_comparing_with_what_was_expected(study, script, tmp_path):
     row = text[3].split(",")
     row[4] = f"{float(row[4]) - 4}"
     (expected / "fig2.csv").write_text("\n".join([*text[:3], ",".join(row), *text[4:]]))
-    status, out, _ = script(make_figures, "fig2", "fig3", *flags, expected)
+    status, out, _ = script(make_figures, "2", "fig3", *flags, expected)
     assert status == 1 and "fig2.csv: 1 numbers are apart\n    256x4H joint-0: test_error" in out
     assert "fig3.csv: all within" in out
-    for wrong, words in ((tmp_path / "nothing", "is not a folder"),):
-        status, _, err = script(make_figures, *flags, wrong)
-        assert status == 2 and err.count("\n") == 1 and words in err
+    status, _, err = script(make_figures, *flags, tmp_path / "nothing")
+    assert status == 2 and err.count("\n") == 1 and "is not a folder" in err
     status, _, err = script(make_figures, "--preset", "smoke", "--compare", expected)
     assert status == 2 and "is not there: draw it first" in err
 
 
 def test_a_run_says_all_that_decided_its_numbers(study):
     for record, folder in [run for name in TRAINING for run in records(study, name)]:
-        assert record["settings"]["data"]["source"] == "synthetic"
-        assert record["machine"].keys() >= {"device", "threads", "torch", "python", "commit"}
-        result, history = record["result"], common.load_history(folder)
+        assert record["settings"]["data"]["source"] == "synthetic" and record["machine"]["threads"] == 1
+        assert record["machine"].keys() >= {"device", "torch", "python", "commit"}
+        result, history = record["result"], folders.load_history(folder)
         if record["method"] == "stacking":
             continue
         epochs, members = record["settings"]["epochs"], record["settings"]["members"]
@@ -166,18 +149,19 @@ def test_a_run_says_all_that_decided_its_numbers(study):
                 continue                # members with images of their own form no ensemble there
             for key in ("member_loss", "member_error"):
                 assert history[f"{part}_{key}"].shape == (epochs, members)
-            np.testing.assert_allclose(history[f"{part}_mean_member_loss"],
-                                       history[f"{part}_member_loss"].mean(1), rtol=1e-5)
-            np.testing.assert_allclose(
-                history[f"{part}_diversity"], history[f"{part}_mean_member_loss"]
-                - history[f"{part}_ensemble_loss"], atol=1e-5)
+            np.testing.assert_allclose(history[f"{part}_mean_member_loss"], history[f"{part}_member_loss"].mean(1),
+                                       rtol=1e-5)
+            np.testing.assert_allclose(history[f"{part}_diversity"], history[f"{part}_mean_member_loss"]
+                                       - history[f"{part}_ensemble_loss"], atol=1e-5)
         assert history["reported_test_member_error"].shape == (members,)
         if second == "test":
             assert result["epoch"] == epochs
             continue
         assert result["epoch"] == 1 + history["validation_ensemble_error"].argmin()
-        assert result["validation_error"] == pytest.approx(
-            history["validation_ensemble_error"].min())
+        assert result["validation_error"] == pytest.approx(history["validation_ensemble_error"].min())
+
+
+# --- Figures and tables are the run folders' numbers ---------------------------------------------
 
 
 def expected(study, configuration, method, key, experiment="mlp_fmnist"):
@@ -187,71 +171,35 @@ def expected(study, configuration, method, key, experiment="mlp_fmnist"):
     return sum(values) / 2, abs(values[0] - values[1]) / 2    # standard error, ddof 1, of two
 
 
-@pytest.mark.parametrize("figure, rows", [("fig2", 6), ("fig3", 22)])
-def test_errors_equal_the_run_folders(study, figure, rows):
-    found = table(study, figure)
+@pytest.mark.parametrize("name, experiment, rows", [
+    ("fig2", "mlp_fmnist", 6), ("fig3", "mlp_fmnist", 22), ("fig4", "convnet_cifar", 15),
+    ("table2", "densenet_cifar", 21)])
+def test_errors_equal_the_run_folders(study, name, experiment, rows):
+    found = table(study, name)
     assert len(found) == rows
+    assert "SYNTHETIC STAND-IN" in found[0]["provenance"] and "reduced: " in found[0]["provenance"]
     for row in found:
-        mean, error = expected(study, row["configuration"], row["method"], "test_ensemble_error")
+        mean, error = expected(study, row["configuration"], row["method"], "test_ensemble_error", experiment)
         assert float(row["test_error_percent"]) == pytest.approx(100 * mean, abs=1e-12)
         assert float(row["standard_error"]) == pytest.approx(100 * error, abs=1e-12)
         assert row["n"] == "2" and row["diverged"] == "0"
-    assert "SYNTHETIC STAND-IN" in found[0]["provenance"]
+        if "minimum" in row:
+            lowest = min(float(r["test_error_percent"]) for r in found if r["configuration"] == row["configuration"])
+            assert row["minimum"] == "False" or float(row["test_error_percent"]) == lowest
+    if "minimum" in found[0]:
+        assert {r["configuration"] for r in found if r["minimum"] == "True"} == {r["configuration"] for r in found}
 
 
-@pytest.mark.parametrize("name, experiment, rows", [("fig4", "convnet_cifar", 15),
-                                                    ("table2", "densenet_cifar", 21)])
-def test_the_errors_on_cifar_equal_the_run_folders(study, name, experiment, rows):
-    found = table(study, name)
-    assert len(found) == rows
-    assert "SYNTHETIC STAND-IN" in found[0]["provenance"] and "reduced:" in found[0]["provenance"]
-    for configuration in {row["configuration"] for row in found}:
-        own = [row for row in found if row["configuration"] == configuration]
-        for row in own:
-            mean, error = expected(study, configuration, row["method"], "test_ensemble_error",
-                                   experiment)
-            assert float(row["test_error_percent"]) == pytest.approx(100 * mean, abs=1e-12)
-            assert float(row["standard_error"]) == pytest.approx(100 * error, abs=1e-12)
-            assert row["n"] == "2" and row["diverged"] == "0"
-        lowest = min(float(row["test_error_percent"]) for row in own)
-        marked = [float(row["test_error_percent"]) for row in own if row["minimum"] == "True"]
-        assert marked and set(marked) == {lowest}
-
-
-def test_table_2_is_the_same_in_all_its_forms(study):
-    figures = study / "figures" / "smoke"
-    text, tex = ((figures / f"table2.{kind}").read_text() for kind in ("md", "tex"))
+def test_table_2_is_the_same_in_both_its_forms(study):
+    text = (study / "figures/smoke/table2.md").read_text()
     for row in table(study, "table2"):
         mean = f"{float(row['test_error_percent']):.1f}"
-        error = f"{float(row['standard_error']):.1f}, n = 2"
         theirs = f" (paper: {row['published_percent']})" if row["published_percent"] else ""
-        bold = row["minimum"] == "True"
-        assert (f"**{mean}**" if bold else mean) + f" ± {error}{theirs}" in text
-        assert (rf"\textbf{{{mean}}}" if bold else mean) + rf" $\pm$ {error}{theirs}" in tex
+        shown = f"**{mean}**" if row["minimum"] == "True" else mean
+        assert f"{shown} ± {float(row['standard_error']):.1f}, n = 2{theirs}" in text
     published = {row["published_percent"] for row in table(study, "table2")} - {""}
     assert {"17.8", "19.9", "23.5", "29.6"} <= published and len(published) == 18
     assert text.index("SYNTHETIC") < text.index("| DN-Low")
-
-
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
-def test_the_tables_compile(study, tmp_path):
-    for path in (study / "figures" / "smoke").glob("table*.tex"):
-        shutil.copy(path, tmp_path)
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull" not in done.stdout and (tmp_path / "tables.pdf").stat().st_size > 10_000
-
-
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
-def test_a_folder_of_any_name_compiles(tmp_path):
-    """The provenance holds the name of the user's folder, whatever is in it."""
-    name = r"R&D #1 ${x}_y^2 ~ 100 % \LaTeX λ ± · 写"
-    (tmp_path / "name.tex").write_text("\\documentclass{article}\\begin{document}"
-                                       f"{make_figures.latex(name)}\\end{{document}}")
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "name"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_the_tables_of_architectures(study):
@@ -259,18 +207,15 @@ def test_the_tables_of_architectures(study):
     assert first["DN-High"]["parameters"] == "3200128"
     assert first["DN-High, preset smoke"]["depth"] == "10"
     assert {row["peak_cuda_memory"] for row in first.values()} == {"not measured on CUDA"}
-    saved = [int(first[name]["bytes_saved_for_backward"]) for name in ("DN-High", "DN-Mid",
-                                                                      "DN-Low")]
+    saved = [int(first[name]["bytes_saved_for_backward"]) for name in ("DN-High", "DN-Mid", "DN-Low")]
     assert max(saved) < 1.1 * min(saved) and min(saved) > 8e9       # "approximately" one size
     fourth = {row["configuration"]: row for row in table(study, "table4")}
     assert fourth["ConvNet-0.07M"]["parameters"] == "62820"
-    assert [name for name, row in fourth.items() if row["differs"] == "True"] == [
-        "ConvNet-0.07M", "ConvNet-1.20M"]
+    assert [name for name, row in fourth.items() if row["differs"] == "True"] == ["ConvNet-0.07M", "ConvNet-1.20M"]
     assert "0.07M computes to 0.063M" in (study / "figures/smoke/table4.md").read_text()
 
 
-@pytest.mark.parametrize("preset, measured", [("smoke", "DN-High, preset smoke"),
-                                              ("short", "DN-High")])
+@pytest.mark.parametrize("preset, measured", [("smoke", "DN-High, preset smoke"), ("short", "DN-High")])
 def test_table_1_has_the_peak_of_a_run_on_a_gpu(study, script, preset, measured):
     """It stands in the row of the network that was run: in `short` that is the paper's own."""
     run = "densenet_cifar/DN-High/joint-1/trial0"
@@ -291,23 +236,24 @@ def test_fig5_equals_the_weights(study):
     found = table(study, "fig5")
     assert len(found) == 2 * 2 * 10
     for row in found:
-        folder = study / "results/smoke/convnet_cifar/10xConvNet-0.29M" / row["method"] / (
-            f"trial{row['trial']}")
-        weights = common.load_weights(folder, "cpu")
+        folder = study / "results/smoke/convnet_cifar/10xConvNet-0.29M" / row["method"] / f"trial{row['trial']}"
+        weights = folders.load_weights(folder, "cpu")
         norms = [weights[f"members.{m}.0.weight"].norm().item() for m in range(10)]
         m = int(row["member"]) - 1
         assert float(row["filter_norm"]) == pytest.approx(norms[m])
         assert float(row["relative_filter_norm"]) == pytest.approx(norms[m] / max(norms))
         record = json.loads((folder / "run.json").read_text())
-        run = common.Run("", record["experiment"], record["configuration"], "joint", 0,
-                         record["trial"], record["settings"], False)
-        start = common.experiment_of("convnet_cifar").build(
-            record["settings"], (3, 32, 32), 100, run.generator("initialisation")).state_dict()
+        run = machinery.Run("", record["experiment"], record["configuration"], "joint", 0, record["trial"],
+                            record["settings"], False)
+        start = train_convnet_cifar.build(record["settings"], (3, 32, 32), 100,
+                                          run.generator("initialisation")).state_dict()
         own = [key for key in weights if key.startswith(f"members.{m}.")]
         moved = sum((weights[key] - start[key]).square().sum() for key in own).sqrt()
         norm = sum(start[key].square().sum() for key in own).sqrt()
-        assert float(row["relative_distance_from_initial_weights"]) == pytest.approx(
-            (moved / norm).item(), rel=1e-4)
+        assert float(row["relative_distance_from_initial_weights"]) == pytest.approx((moved / norm).item(), rel=1e-4)
+        first = f"members.{m}.0.weight"
+        assert claims.first_layer_distances(record, folder)[m].item() == pytest.approx(
+            ((weights[first] - start[first]).norm() / start[first].norm()).item(), rel=1e-4)
         assert moved > 0
 
 
@@ -316,19 +262,17 @@ def test_fig6_equals_the_histories(study):
     assert len(numbers) == 2 * (4 + 7)
     for row in numbers:
         experiment = "densenet_cifar" if row["configuration"] == "DN-High" else "mlp_fmnist"
-        folder = study / "results/smoke" / experiment / row["configuration"] / row["method"] / (
-            f"trial{row['trial']}")
-        history, epoch = common.load_history(folder), json.loads(
-            (folder / "run.json").read_text())["result"]["epoch"]
+        folder = study / "results/smoke" / experiment / row["configuration"] / row["method"] / f"trial{row['trial']}"
+        history = folders.load_history(folder)
+        epoch = json.loads((folder / "run.json").read_text())["result"]["epoch"]
         test, train = history["reported_test_member_error"], history["train_member_error"]
         assert float(row["test_dominance"]) == pytest.approx(100 * (np.median(test) - test.min()))
         assert float(row["train_best_member_error"]) == pytest.approx(100 * train[epoch - 1].min())
         first, second = np.sort(train[2])[:2]
         assert float(row["gap_at_epoch_3"]) == pytest.approx(100 * (second - first), abs=1e-4)
         assert row["same"] == str(train[2].argmin() == train[epoch - 1].argmin())
-        drawn = {r["who"]: float(r["error_percent"]) for r in found if r["epoch"] == "end" and all(
-            r[key] == row[key] for key in ("configuration", "method", "trial"))
-            and r["part"] == "test"}
+        drawn = {r["who"]: float(r["error_percent"]) for r in found if r["epoch"] == "end" and r["part"] == "test"
+                 and all(r[key] == row[key] for key in ("configuration", "method", "trial"))}
         assert len(drawn) == 1 + len(test)
         assert drawn["member 2"] == pytest.approx(100 * test[1])
     by_epoch = [row for row in found if row["epoch"] != "end"]
@@ -345,14 +289,12 @@ def test_fig9_equals_the_run_folders(study):
         assert float(row["standard_error"]) == pytest.approx(error)
 
 
-@pytest.mark.parametrize("figure, configuration, members", [("fig7", "256x4H", 256),
-                                                            ("fig8", "64x16H", 64)])
+@pytest.mark.parametrize("figure, configuration, members", [("fig7", "256x4H", 256), ("fig8", "64x16H", 64)])
 def test_robustness_equals_the_run_folders(study, figure, configuration, members):
     found = table(study, figure)
     assert len(found) == 3 * members
     for method in ("joint-0", "joint-0.99", "joint-1"):
-        curves = [common.load_history(folder)["error"] for _, folder in
-                  records(study, "robustness-example")
+        curves = [folders.load_history(folder)["error"] for _, folder in records(study, "robustness-example")
                   if (folder.parent.parent.name, folder.parent.name) == (configuration, method)]
         assert [curve.shape for curve in curves] == [(3, members)] * 2    # repeats, dropped
         mean = np.mean([curve.mean(0) for curve in curves], 0) * 100
@@ -360,33 +302,22 @@ def test_robustness_equals_the_run_folders(study, figure, configuration, members
         assert [int(row["dropped"]) for row in mine] == list(range(members))
         assert float(mine[-1]["dropped_percent"]) == 100 * (members - 1) / members
         np.testing.assert_allclose([float(row["test_error_percent"]) for row in mine], mean)
-        assert mean[0] == pytest.approx(
-            100 * expected(study, configuration, method, "test_ensemble_error")[0])
+        assert mean[0] == pytest.approx(100 * expected(study, configuration, method, "test_ensemble_error")[0])
 
 
 def test_one_run_alone_equals_the_same_run_in_the_study(study, script):
     for select in (("--only", "256x4H", "--lambdas", 0.95), ("--only", "64x16H", "--lambdas", 1)):
-        status, out, err = script(train_mlp_fmnist, "--preset", "smoke", *select, "--methods",
-                                  "joint", "--trials", 2)
+        status, out, err = script(train_mlp_fmnist, "--preset", "smoke", *select, "--trials", 2)
         assert status == 0, out + err
     alone = {path.parent.relative_to(Path.cwd()) for path in Path.cwd().rglob("run.json")}
     assert len(alone) == 4
     for folder in alone:
-        one, other = (json.loads((root / folder / "run.json").read_text()) for root in (
-            Path.cwd(), study))
-        if one["machine"]["threads"] != other["machine"]["threads"]:
-            pytest.skip("bitwise promises hold at one thread count")
-        assert one["result"] == other["result"] and one["settings"] == other["settings"]
-        arrays, others = common.load_history(folder), common.load_history(study / folder)
-        assert arrays.keys() == others.keys()
-        assert all(np.array_equal(arrays[key], others[key]) for key in arrays)
-        if (folder / "weights.pt").exists():
-            weights = common.load_weights(folder, "cpu")
-            kept = common.load_weights(study / folder, "cpu")
-            assert all((weights[key] == kept[key]).all() for key in weights)
+        one, other = (json.loads((root / folder / "run.json").read_text()) for root in (Path.cwd(), study))
+        assert all(one[key] == other[key] for key in ("result", "settings", "sha256")), folder
 
 
-# --- When something goes wrong -----------------------------------------------------------------
+# --- When something goes wrong -------------------------------------------------------------------
+
 
 def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     """Without data nothing can be trained; a GPU that torch cannot use is told as well."""
@@ -395,42 +326,39 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     nvidia_smi.chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", ROOT / "run_all.sh", "quick", "--data", "real", "--data-dir", "nowhere",
-         "--results", "results", "--figures-dir", "figures"], cwd=tmp_path, capture_output=True,
-        text=True, env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""})
+        ["bash", ROOT / "run_all.sh", "quick", "--data", "real", "--data-dir", "nowhere", "--results", "results",
+         "--figures-dir", "figures"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1
-    assert "WARNING: this machine has a GPU that torch cannot use (GPU 0: a card" in done.stdout
+    assert "WARNING: torch cannot use this machine's GPU (GPU 0: a card" in done.stdout
     assert "fig2: NOT DRAWN" in done.stdout and f"{tmp_path}/nowhere is not a folder" in done.stderr
     _, summary = done.stdout.split("NOT COMPLETE")
-    for stage in ("data: CIFAR-100", "MLPs on Fashion-MNIST", "DenseNets on CIFAR-100",
-                  "ConvNets on CIFAR-100", "robustness", "figures and verdicts"):
+    for stage in ("data: CIFAR-100", "MLPs on Fashion-MNIST", "DenseNets on CIFAR-100", "ConvNets on CIFAR-100",
+                  "robustness", "figures and verdicts"):
         assert f"  {stage} (exit status" in summary
     assert {p.name for p in tmp_path.iterdir()} == {"nvidia-smi", "figures"}
     drawn = {p.name.split(".")[0] for p in (tmp_path / "figures/quick").iterdir()}
-    assert drawn == {"table1", "table3", "table4", "tables", "report"}      # they need no runs
+    assert drawn == {"table1", "table3", "table4", "report", "claims"}      # they need no runs
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path, heed_ctrl_c):
-    command = [sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, preexec_fn=heed_ctrl_c) as process:
-        while "test error" not in process.stdout.readline():
-            pass
-        process.send_signal(signal.SIGINT)
-        err = process.communicate()[1]
-    assert process.returncode == 130 and err.strip().startswith("stopped") and "Trace" not in err
-    kept = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
-    assert kept and not [path for path in tmp_path.rglob(".*") if path.name != ".lock"], (
-        "half-written files are left")      # a lock's file may be: the lock ended with the process
+@pytest.mark.parametrize("arguments, words", [
+    (["quik"], "did you mean quick?"), (["quick", "smoke"], "one preset at a time"), (["--seed"], "a value"),
+    (["smoke", "--device", "gpu"], "'gpu'"), (["smoke", "--batch", "3"], "unknown option --batch")])
+def test_the_driver_refuses_in_one_line(tmp_path, arguments, words):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / "run_all.sh", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PATH": path})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path):
     """A limit of 100 kB a file stands in for the disk: weights of 3 MB do not fit."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    done = subprocess.run([sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke",
-                           "--only", "256x4H", "--lambdas", "0", "--trials", "1"], cwd=tmp_path,
-                          capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run([sys.executable, ROOT / "train_mlp_fmnist.py", "--preset", "smoke", "--only", "256x4H",
+                           "--lambdas", "0", "--trials", "1"], cwd=tmp_path, capture_output=True, text=True,
+                          preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "weights.pt cannot be written: File too large" in done.stderr
     assert not list(tmp_path.rglob("*weights.pt*"))
@@ -439,26 +367,39 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path):
 
 def test_output_that_nobody_reads_any_more(tmp_path):
     plan = f"'{sys.executable}' '{ROOT}/train_mlp_fmnist.py' --preset smoke --dry-run"
-    done = subprocess.run(f"{plan} | head -n 1", shell=True, cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.stdout.startswith("mlp_fmnist: 48 runs") and done.stderr == ""
+    done = subprocess.run(f"{plan} | head -n 1", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("mlp_fmnist: 48 of 48 runs") and done.stderr == ""
 
 
-# --- Figures from less than a whole study ------------------------------------------------------
+# --- Figures from less than a whole study --------------------------------------------------------
+
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(study, script):
-    status, out, _ = script(make_figures, "fig3", "fig7", "--preset", "smoke")
+    status, out, _ = script(make_figures, "3", "7", "--preset", "smoke")
     assert status == 1 and "fig3: NOT DRAWN\n  44 runs are missing:" in out
     assert out.splitlines()[-1] == "figures: NOT DRAWN: fig3 fig7"
     assert "    64x16H joint-0.8, trial 0 1\n" in out and not Path("figures").exists()
-    train3, train7, drop7 = (line.split()[1:] for line in out.splitlines()
-                             if line.startswith("    python"))
+    train3, train7, drop7 = (line.split()[1:] for line in out.splitlines() if line.startswith("    python"))
     for (name, *arguments), runs in ((train3, 44), (train7, 6)):
         assert name == "train_mlp_fmnist.py"
         status, out, _ = script(train_mlp_fmnist, *arguments, "--dry-run")
-        assert status == 0 and f"{runs} to do" in out
-    assert drop7 == ["robustness.py", "--preset", "smoke", "--only", "256x4H", "--lambdas", "0",
-                     "0.99", "1"]
+        assert status == 0 and f"{runs} of {runs} runs to do" in out
+    assert drop7 == ["robustness.py", "--preset", "smoke", "--figure", "7"]
+
+
+@pytest.mark.parametrize("name", [*make_figures.FIGURES, "table2"])
+def test_figures_draws_what_a_figure_reads(study, name):
+    """FIGURES names every run that a figure asks for, and no other."""
+    runs = FinishedRuns(study / "results", "smoke", "example")
+    fig = (make_figures.FIGURES | make_figures.TABLES)[name](runs)
+    if name in make_figures.FIGURES:
+        make_figures.plt.close(fig[0])
+    asked = {(record["experiment"], record["configuration"], machinery.method_name(record["method"], record["lambda"]),
+              record["trial"]) for record in runs.used.values()}
+    planned = {key for key in runs.planned(name)}
+    if name in ("7", "8"):          # drawn from what robustness.py measured on the trained runs
+        planned = {key for key in planned if key[0].startswith("robustness")}
+    assert asked == planned and not runs.missing(name)
 
 
 def test_a_figure_draws_what_there_is(study, script, tmp_path):
@@ -492,24 +433,13 @@ def test_runs_of_other_settings_never_share_a_mean(study, script, tmp_path, key)
     assert not Path("figures").exists()
 
 
-def test_runs_of_other_settings_never_share_a_figure(study, script, tmp_path):
-    for method, momentum in (("joint-0", 0.9), ("joint-0.5", 0.1)):
-        folder = Path("results", "smoke", "mlp_fmnist", "256x4H", method, "trial0")
-        record = json.loads((study / folder / "run.json").read_text())
-        record["settings"]["momentum"] = momentum
-        shutil.copytree(study / folder, folder)
-        (folder / "run.json").write_text(sealed(record))
-    status, _, err = script(make_figures, "fig3", "--preset", "smoke")
-    assert status == 2 and "mixes runs with momentum 0.9 and 0.1" in err
-
-
 def test_robustness_of_other_repeats_never_shares_a_mean(study, script, tmp_path):
     shutil.copytree(study / "results", "results")
     (path, *_) = Path("results").glob("smoke/robustness-example/256x4H/joint-1/trial1/run.json")
     record = json.loads(path.read_text())
     record["settings"]["repeats"] = 99
     path.write_text(sealed(record))
-    status, _, err = script(make_figures, "fig7", "--preset", "smoke")
+    status, _, err = script(make_figures, "7", "--preset", "smoke")
     assert status == 2 and "mixes runs with repeats 3 and 99" in err
 
 
@@ -525,24 +455,31 @@ def test_a_diverged_run_is_counted_and_not_averaged(study, script, tmp_path):
 
 @pytest.mark.parametrize("source, marks", [("real", 2), ("synthetic", 0)])
 def test_the_papers_numbers_are_marked_beside_real_data_only(study, tmp_path, source, marks):
-    def change(record):
-        record["settings"]["data"] = {"name": "Fashion-MNIST", "source": source}
-    altered_copy(study, tmp_path, change)
+    altered_copy(study, tmp_path, lambda record: record["settings"].update(
+        data={"name": "Fashion-MNIST", "source": source}))
     shutil.rmtree(tmp_path / "results/smoke/mlp_fmnist/256x4H/joint-0/trial0")
     for figure in (make_figures.fig2, make_figures.fig3):
-        fig, rows = figure(make_figures.Study(tmp_path / "results", "smoke", "example"))
+        fig, rows = figure(FinishedRuns(tmp_path / "results", "smoke", "example"))
         labels = [label for label in fig.axes[0].get_legend_handles_labels()[1] if "paper" in label]
         assert len(labels) == (marks if figure is make_figures.fig2 else marks // 2)
-        (own,) = (row for row in rows if (row["configuration"], row["method"]) == (
-            "256x4H", "joint-0"))
+        (own,) = (row for row in rows if (row["configuration"], row["method"]) == ("256x4H", "joint-0"))
         assert own["published_percent"] == 16.3 != own["test_error_percent"]
 
 
 def test_mean_and_standard_error():
-    mean, error = make_figures.mean_and_error([0.1, 0.2, 0.6])
+    mean, error = mean_and_error([0.1, 0.2, 0.6])
     assert mean == pytest.approx(0.3)
     assert error == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3))
-    assert math.isnan(make_figures.mean_and_error([0.1])[1])
+    assert math.isnan(mean_and_error([0.1])[1])
+
+
+def test_a_filter_montage_has_one_scale():
+    filters = np.zeros((2, 3, 3, 3, 3))
+    filters[1, 2] = 0.5
+    tiles = make_figures.filter_montage(filters, 0.5)
+    assert tiles.shape == (13, 9, 3)
+    assert (tiles[1:4, 1:4] == 0.5).all()                       # a filter of zeros is grey
+    assert (tiles[9:12, 5:8] == 1).all() and math.isclose(tiles[5:8, 5:8].mean(), 0.5)
 
 
 def test_figures_of_settings_other_than_planned(script):
@@ -550,14 +487,27 @@ def test_figures_of_settings_other_than_planned(script):
     few = ("--preset", "smoke", "--trials", 1, "--epochs", 1, "--set")
     for module, *arguments in (
             (train_convnet_cifar, "--only", "ConvNet-0.07M", "--lambdas", 0, *few, "validation=0"),
-            (train_densenet_cifar, "--only", "DN-High", "--lambdas", 1, *few, "validation=32",
-             "DN-High.members=1")):
+            (train_densenet_cifar, "--only", "DN-High", "--lambdas", 1, *few, "validation=32", "DN-High.members=1")):
         status, _, err = script(module, *arguments)
         assert status == 0, err
-    status, out, err = script(make_figures, "fig4", "fig6", "--preset", "smoke")
+    status, out, err = script(make_figures, "4", "6", "--preset", "smoke")
     assert status == 0 and "fig4: incomplete" in out and "fig6: incomplete" in out, (out, err)
-    with open("figures/smoke/fig4.csv") as file:
-        (row,) = (row for row in csv.DictReader(file) if row["n"] == "1")
+    (row,) = (row for row in table(Path(), "fig4") if row["n"] == "1")
     assert row["validation_error_percent"] == "nan" and row["minimum"] == "True"
-    with open("figures/smoke/fig6.csv") as file:
-        assert {"train", "validation"} <= {row["part"] for row in csv.DictReader(file)}
+    assert {"train", "validation"} <= {row["part"] for row in table(Path(), "fig6")}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["fig33"], "did you mean 3?"), (["tabel2"], "did you mean table2?"), (["--preset", "papr"], "did you mean paper?"),
+    (["--drop", "al"], "'al'")])
+def test_bad_arguments_of_make_figures(script, arguments, words):
+    status, _, err = script(make_figures, *arguments)
+    assert status == 2 and err.count("\n") == 1 and words in err, err
+    assert not list(Path().iterdir())
+
+
+def test_common_is_what_every_table_counts():
+    """Table 1's bytes are those that common counts for the batch of the paper."""
+    c = machinery.experiment_settings(machinery.load_preset("paper"), "paper", "densenet_cifar")
+    settings = c["configurations"]["DN-High"] | {"batch": c["batch"]}
+    assert common.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9

@@ -1,549 +1,331 @@
-"""Networks, data splits and the training loop."""
+"""Seeds and splits, the training loop, its schedule, bagging, stacking, and what a run says when it fails."""
 
 import copy
 import math
 from dataclasses import replace
 
+import study
 import common
+import folders
+import train_densenet_cifar
 import train_mlp_fmnist
-from train_mlp_fmnist import EXPERIMENT, MLPEnsemble
+from train_mlp_fmnist import EXPERIMENT, build
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-SETTINGS = {"members": 4, "hidden": 3, "seed": 0, "lr": 0.4, "epochs": 4, "train": 300,
-            "validation": 100, "test": 150, "batch": 40, "augment": False, "momentum": 0.9,
-            "nesterov": False, "weight_decay": 0.0, "decay": []}
+SETTINGS = {"members": 4, "hidden": 3, "seed": 0, "lr": 0.4, "epochs": 4, "train": 300, "validation": 100, "test": 150,
+            "batch": 40, "augment": False, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "decay": []}
 
 
 def a_run(method="joint", lam=0.0, trial=0, weights=False, **changes):
-    return common.Run("test", "mlp_fmnist", "4x3H", method, lam, trial, SETTINGS | changes, weights)
+    return study.Run("test", "mlp_fmnist", "4x3H", method, lam, trial, SETTINGS | changes, weights)
+
+
+def a_densenet(method="joint", trial=0, **changes):
+    """A run of a small DenseNet ensemble on `small_images(3)`."""
+    settings = SETTINGS | {"members": 3, "depth": 10, "growth": 3, "precision": "fp32", "lr": 0.1, "train": 60,
+                           "validation": 0, "epochs": 1, "batch": 20, "augment": True, "weight_decay": 1e-3}
+    return study.Run("test", "densenet_cifar", "small", method, 0, trial, settings | changes, False)
+
+
+def small_images(channels):
+    return common.synthetic(10, *{1: ((1, 28, 28), 400, 150), 3: ((3, 16, 16), 60, 30)}[channels])
+
+
+def builder(run):
+    return train_mlp_fmnist.build if run.experiment == "mlp_fmnist" else train_densenet_cifar.build
 
 
 @pytest.fixture(scope="module")
 def data():
-    return common.synthetic(10, (1, 28, 28), 400, 150)
+    return small_images(1)
 
 
-def stock_networks(ensemble):
-    """The M stock networks that an MLPEnsemble stands for, with its weights."""
-    members, hidden, inputs = ensemble.hidden_weight.shape
-    networks = []
-    for m in range(members):
-        network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(),
-                                nn.Linear(hidden, ensemble.output_bias.shape[1]))
-        for p, q in zip(network.parameters(), ensemble.parameters(), strict=True):
-            p.data = q.data[m].clone()
-        networks.append(network.to(ensemble.hidden_weight.dtype))
-    return networks
+# --- Splits, seeds, bootstraps -------------------------------------------------------------------
 
-
-# --- Networks ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_vectorised_mlps_equal_stock_networks(shared):
-    ensemble = MLPEnsemble(5, 3, 28 * 28, 10, torch.Generator().manual_seed(0)).double()
-    networks = stock_networks(ensemble)
-    images = torch.randn(6, *(() if shared else (5,)), 1, 28, 28, dtype=torch.double)
-    logits = ensemble(images)
-    one_by_one = torch.stack([network(images if shared else images[:, m])
-                              for m, network in enumerate(networks)], 1)
-    assert logits.shape == (6, 5, 10)
-    torch.testing.assert_close(logits, one_by_one, rtol=0, atol=1e-12)
-    upstream = torch.randn(6, 5, 10, dtype=torch.double)
-    logits.backward(upstream)
-    one_by_one.backward(upstream)
-    for m, network in enumerate(networks):
-        for p, q in zip(network.parameters(), ensemble.parameters(), strict=True):
-            torch.testing.assert_close(q.grad[m], p.grad, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name, count", [("1x1024H", 814_090), ("16x64H", 814_240),
-                                         ("64x16H", 814_720), ("256x4H", 816_640)])
-def test_every_configuration_spends_the_same_parameters(name, count):
-    block = common.load_preset("paper")["mlp_fmnist"]["configurations"][name]
-    ensemble = train_mlp_fmnist.build(block, (1, 28, 28), 10, torch.Generator())
-    assert sum(p.numel() for p in ensemble.parameters()) == count
-    assert sum(p.numel() for net in stock_networks(ensemble) for p in net.parameters()) == count
-
-
-def test_initial_weights_are_pytorchs_default():
-    ensemble = MLPEnsemble(64, 16, 784, 10, torch.Generator().manual_seed(0))
-    for p, fan_in in zip(ensemble.parameters(), (784, 784, 16, 16), strict=True):
-        bound = fan_in ** -0.5
-        assert p.abs().max() <= bound
-        assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-
-
-def test_lambda_0_is_independent_training_at_lr_over_m(data):
-    """k steps of SGD with momentum at lambda 0 and lr = M networks, each alone, at lr / M."""
-    ensemble, optimizer = common.new_ensemble(EXPERIMENT, a_run(), data)
-    ensemble.double()
-    networks = stock_networks(ensemble)
-    alone = [torch.optim.SGD(net.parameters(), lr=SETTINGS["lr"] / 4, momentum=0.9)
-             for net in networks]
-    optimizer = torch.optim.SGD(ensemble.parameters(), lr=SETTINGS["lr"], momentum=0.9)
-    scores = common.Scores(4, "cpu")
-    for rows in torch.arange(200).split(40):
-        images, targets = data.normalise(data.train_images[rows]).double(), data.train_labels[rows]
-        common.training_step(ensemble, optimizer, scores, 0, images, targets)
-        for network, sgd in zip(networks, alone, strict=True):
-            sgd.zero_grad()
-            F.cross_entropy(network(images), targets).backward()
-            sgd.step()
-    for m, network in enumerate(networks):
-        for p, q in zip(network.parameters(), ensemble.parameters(), strict=True):
-            torch.testing.assert_close(q[m], p, rtol=0, atol=1e-12)
-
-
-# --- Seeds, splits, bootstraps -----------------------------------------------------------------
 
 def test_the_splits_are_the_authors():
     """First validation indices of their RandomState(trial).choice, from their code."""
-    _, held_out = common.split(60_000, 0, 10_000)
-    assert held_out[:5].tolist() == [3048, 19563, 58303, 8870, 40228]
-    _, held_out = common.split(50_000, 0, 10_000)
-    assert held_out[:5].tolist() == [11841, 19602, 45519, 25747, 42642]
-
-
-@pytest.mark.parametrize("trial", [0, 4])
-def test_a_split_is_disjoint_and_complete(trial):
-    training, validation = common.split(60_000, trial, 10_000)
-    assert len(training) == 50_000 and len(validation) == 10_000
-    assert torch.cat([training, validation]).unique().numel() == 60_000
-    assert not torch.equal(common.split(60_000, trial + 1, 10_000)[1], validation)
+    for n, first in ((60_000, [3048, 19563, 58303, 8870, 40228]), (50_000, [11841, 19602, 45519, 25747, 42642])):
+        assert common.split(n, 0, 10_000)[1][:5].tolist() == first
 
 
 @pytest.mark.parametrize("validation", [0, 10_000])
-def test_a_reduced_split_is_drawn_by_trial(validation):
-    everything, _ = common.split(60_000, 0, validation)
-    few, held_out = common.split(60_000, 0, validation, 2_000)
-    assert len(few) == 2_000 and torch.isin(few, everything).all()
-    assert not torch.isin(few, held_out).any()
-    assert few.max() > 50_000 and few.unique().numel() == 2_000
-    assert torch.isin(common.split(60_000, 1, validation, 2_000)[0], few).sum() < 200
-    assert torch.equal(common.split(60_000, 0, validation, len(everything))[0], everything)
+def test_a_split_is_disjoint_complete_and_of_the_trial(validation):
+    training, held_out = common.split(60_000, 4, validation)
+    assert len(training) == 60_000 - validation and len(held_out) == validation
+    assert torch.cat([training, held_out]).unique().numel() == 60_000
+    assert not validation or not torch.equal(common.split(60_000, 5, validation)[1], held_out)
+
+    few, same_held_out = common.split(60_000, 4, validation, 2_000)
+    assert torch.equal(same_held_out, held_out)
+    assert len(few) == few.unique().numel() == 2_000 and torch.isin(few, training).all() and few.max() > 50_000
+    assert torch.isin(common.split(60_000, 5, validation, 2_000)[0], few).sum() < 200
+    assert torch.equal(common.split(60_000, 4, validation, len(training))[0], training)
 
 
-def test_the_seed_moves_everything_but_the_split(data, monkeypatch):
-    splits = []
-    real = common.split
-    monkeypatch.setattr(common, "split", lambda *a: splits.append(real(*a)) or splits[-1])
-    outcome = [common.train(EXPERIMENT, a_run(seed=seed, epochs=1), data) for seed in (0, 0, 1)]
-    assert torch.equal(splits[0][1], splits[2][1])
-    first, again, other = (ensemble.hidden_weight for ensemble, *_ in outcome)
+@pytest.mark.parametrize("purpose", ["initialisation", "order", "augmentation", "bootstrap", "folds", "drop"])
+def test_random_numbers_are_of_the_purpose_the_trial_and_the_seed(purpose):
+    """The lambdas and methods of a trial share them."""
+    def draw(run, purpose=purpose):
+        return torch.rand(9, generator=run.generator(purpose)).tolist()
+    for run in (a_run(), a_run(lam=1, lr=0.1), a_run("bagging")):
+        assert draw(run) == draw(a_run())
+    others = (a_run(trial=1), a_run(seed=1), replace(a_run(), configuration="5x3H"),
+              replace(a_run(), experiment="convnet_cifar"))
+    assert all(draw(run) != draw(a_run()) for run in others) and draw(a_run()) != draw(a_run(), "other")
+
+
+def test_the_initial_weights_are_of_the_seed(data):
+    first, again, other = (common.new_ensemble(build, a_run(seed=seed), data)[0].hidden_weight for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    for purpose in ("initialisation", "order", "bootstrap"):
-        here, there = (torch.rand(4, generator=a_run(seed=s).generator(purpose)) for s in (0, 1))
-        assert not torch.equal(here, there)
 
 
-def test_the_lambdas_of_a_trial_share_initial_weights_and_order():
-    one, other = a_run(lam=0), a_run(lam=1, lr=0.1)
-    bagged, next_trial = a_run("bagging"), a_run(trial=1)
-    for purpose in ("initialisation", "order"):
-        draw = torch.rand(9, generator=one.generator(purpose))
-        assert torch.equal(draw, torch.rand(9, generator=other.generator(purpose)))
-        assert torch.equal(draw, torch.rand(9, generator=bagged.generator(purpose)))
-        assert not torch.equal(draw, torch.rand(9, generator=next_trial.generator(purpose)))
-
-
-def test_a_bootstrap_has_n_draws():
-    draws = common.bootstraps(5_000, 6, torch.Generator().manual_seed(0))
+def test_a_bootstrap_is_n_draws_and_its_multiplicities_weigh_the_loss_as_copies_do():
+    draws = common.bootstraps(500, 6, torch.Generator().manual_seed(0))
     counts = common.multiplicities(draws)
-    assert draws.shape == counts.shape == (5_000, 6)
-    assert counts.sum(0).tolist() == [5_000] * 6
-    share = (counts > 0).double().mean(0)
-    assert ((share - (1 - math.exp(-1))).abs() < 0.02).all()              # 63 % of the images
+    assert torch.equal(counts, F.one_hot(draws, 500).sum(0).T)
+    assert ((counts > 0).double().mean(0) - (1 - math.exp(-1))).abs().max() < 0.04      # 63 % of the images
     assert not torch.equal(counts[:, 0], counts[:, 1])
+    z, y = torch.randn(500, 6, 10, dtype=torch.double), torch.arange(500) % 10
+    copies = common.bagging_loss(z[draws, torch.arange(6)], y[draws])
+    assert common.bagging_loss(z, y, counts).item() == pytest.approx(copies.item(), rel=1e-13)
 
 
-def test_weighing_by_multiplicity_is_the_bootstraps_own_gradient(data):
-    """Over the whole split, weights and resampled copies give every member the same gradient."""
-    draws = common.bootstraps(120, 4, torch.Generator().manual_seed(0))
-    gradients = []
-    for resample in (False, True):
-        ensemble, _ = common.new_ensemble(EXPERIMENT, a_run(), data)
-        ensemble.double()
-        rows = draws if resample else torch.arange(120)
-        weights = None if resample else common.multiplicities(draws).double()
-        images = data.normalise(data.train_images[rows]).double()
-        common.fused_joint_loss(ensemble(images), data.train_labels[rows], 0, weights)[0].backward()
-        gradients.append([p.grad for p in ensemble.parameters()])
-    for weighed, copied in zip(*gradients, strict=True):
-        torch.testing.assert_close(weighed, copied, rtol=0, atol=1e-14)
+def single(ensemble, m):
+    """A copy of member m, as an ensemble of one."""
+    one = copy.deepcopy(ensemble)
+    if isinstance(one, common.Ensemble):
+        one.members = one.members[m:m + 1]
+    else:
+        for p in one.parameters():
+            p.data = p.data[m:m + 1].clone()
+    return one
 
 
-@pytest.mark.parametrize("bagging", ["weights", "resample"])
-def test_bagging_gives_each_member_its_own_bootstrap(data, bagging):
-    """A member of a bagged ensemble equals the stock network trained on its own bootstrap."""
-    run = a_run("bagging", bagging=bagging, epochs=1)
-    start, _ = common.new_ensemble(EXPERIMENT, run, data)
-    networks = stock_networks(start)
-    trained, *_ = common.train(EXPERIMENT, run, data)
-    training, _ = common.split(400, 0, 100, 300)
-    draws = common.bootstraps(300, 4, run.generator("bootstrap"))
+@pytest.mark.parametrize("run", [
+    *(a_run(method, 0, 1, validation=0, epochs=2, seed=2, bagging=bagging) for method, bagging in (
+        ("joint", None), ("bagging", "weights"), ("bagging", "resample"))),
+    *(a_densenet(method, 1, epochs=2, seed=2, bagging=bagging) for method, bagging in (
+        ("joint", None), ("independent", None), ("bagging", "resample")))],
+    ids=lambda run: f"{run.experiment} {run.method} {run.settings['bagging']}")
+def test_a_member_equals_the_network_alone_on_its_own_images_labels_and_moves(run, monkeypatch):
+    """At lambda 0 and in bagging at lr / M and M times the decay, which make up for Eq. 9's 1/M; and at lr itself in
+    independent training. Batch norm's statistics are the member's own. All is in double precision."""
+    normalise = common.Data.normalise
+    monkeypatch.setattr(common.Data, "normalise", lambda data, images: normalise(data, images).double())
+    s, data = run.settings, small_images(1 if run.experiment == "mlp_fmnist" else 3)
+    rate, decay = s["lr"] / s["members"], s["weight_decay"] * s["members"]
+    if run.method == "independent":
+        run, rate, decay = replace(run, settings=s | study.own_rate(s)), s["lr"], s["weight_decay"]
+    members, copies = s["members"], s["bagging"] == "resample"
+    start, trained = (f(lambda *form: builder(run)(*form).double(), run, data)[0]
+                      for f in (common.new_ensemble, common.train))
+    training, _ = common.split(len(data.train_labels), 1, s["validation"], s["train"])
+    n, labels = len(training), data.train_labels[training]
+    draws = common.bootstraps(n, members, run.generator("bootstrap"))
     counts = common.multiplicities(draws)
-    order = torch.randperm(300, generator=run.generator("order"))
-    for m, network in enumerate(networks):
-        sgd = torch.optim.SGD(network.parameters(), lr=SETTINGS["lr"] / 4, momentum=0.9)
-        for rows in order.split(40):
-            own = training[draws[rows, m] if bagging == "resample" else rows]
-            losses = F.cross_entropy(network(data.normalise(data.train_images[own])),
-                                     data.train_labels[own], reduction="none")
-            sgd.zero_grad()
-            (losses * (1 if bagging == "resample" else counts[rows, m])).mean().backward()
-            sgd.step()
-        for p, q in zip(network.parameters(), trained.parameters(), strict=True):
-            torch.testing.assert_close(q[m], p, rtol=0, atol=1e-5)
+    padded = F.pad(data.train_images[training], [4] * 4)
+    for m in range(members):
+        order, augmentation = run.generator("order"), run.generator("augmentation")
+        network = single(start, m).train()
+        sgd = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=decay)
+        for _ in range(s["epochs"]):
+            moves = torch.tensor([4, 4, 0]).expand(n, 3)                    # the image as it is
+            if s["augment"]:
+                moves = common.draw_moves(draws.shape, augmentation)[:, m] if copies else common.draw_moves(
+                    (n,), augmentation)
+            for rows in torch.randperm(n, generator=order).split(s["batch"]):
+                own = draws[rows, m] if copies else rows
+                logits = network(data.normalise(common.crop_and_flip(padded, own, moves[rows])))[:, 0]
+                losses = F.cross_entropy(logits, labels[own], reduction="none")
+                sgd.zero_grad()
+                (losses * (counts[rows, m] if s["bagging"] == "weights" else 1)).mean().backward()
+                sgd.step()
+        for p, q in zip(network.state_dict().values(), single(trained, m).state_dict().values(), strict=True):
+            torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
 
 
-# --- The training loop -------------------------------------------------------------------------
+def test_bagging_by_weights_is_refused_where_batch_norm_sees_all_images():
+    run = a_densenet("bagging", bagging="weights")
+    with pytest.raises(common.Refused, match="--set bagging=resample"):
+        common.new_ensemble(builder(run), run, small_images(3))
+
+
+# --- The reported epoch --------------------------------------------------------------------------
+
 
 def unlearn(monkeypatch, since):
     """From an epoch on, the loss is climbed: the last epoch is not the best."""
-    monkeypatch.setattr(common, "rate_at", lambda s, epoch: s["lr"] * (1 if epoch < since else -1))
+    schedules = torch.optim.lr_scheduler
+    monkeypatch.setattr(schedules, "MultiStepLR", lambda optimizer, *_: schedules.LambdaLR(
+        optimizer, lambda epochs_done: 1 if epochs_done + 1 < since else -1))
 
 
 def test_the_reported_epoch_is_the_first_minimum_of_validation_error(data, monkeypatch):
     unlearn(monkeypatch, since=6)
-    run = a_run(lam=0.9, epochs=8)
-    ensemble, history, epoch, test = common.train(EXPERIMENT, run, data)
+    ensemble, history, epoch, test = common.train(build, a_run(lam=0.9, epochs=8), data)
     errors = [validation["ensemble_error"] for _, validation in history]
-    assert len(errors) == 8 and epoch == 1 + int(np.argmin(errors))
-    assert epoch < 8, "the case worth testing"
+    assert len(errors) == 8 and epoch == 1 + int(np.argmin(errors)) and epoch < 8, "the case worth testing"
     _, held_out = common.split(400, 0, 100, 300)
-    there = common.evaluate(ensemble, data, data.train_images[held_out],
-                            data.train_labels[held_out])
+    there = common.evaluate(ensemble, data, data.train_images[held_out], data.train_labels[held_out])
     assert there["ensemble_error"] == errors[epoch - 1]
-    assert test["ensemble_error"] == common.evaluate(
-        ensemble, data, data.test_images, data.test_labels)["ensemble_error"]
+    assert test["ensemble_error"] == common.evaluate(ensemble, data, data.test_images,
+                                                     data.test_labels)["ensemble_error"]
 
 
 def test_of_equal_epochs_the_first_is_reported(data):
-    """At a learning rate that moves nothing every epoch has the same validation error."""
-    _, history, epoch, _ = common.train(EXPERIMENT, a_run(lr=1e-12, epochs=3), data)
+    """At a learning rate that moves next to nothing every epoch has the same validation error."""
+    ensemble, history, epoch, _ = common.train(build, a_run(lr=1e-5, epochs=3), data)
     assert len({validation["ensemble_error"] for _, validation in history}) == 1 and epoch == 1
-
-
-@pytest.mark.parametrize("stacking, validation", [("validation", 100), ("training", 100),
-                                                  ("training", 0)])
-def test_test_labels_decide_nothing(data, tmp_path, monkeypatch, stacking, validation):
-    """With other test labels the same weights, epoch, penalty and stacked logits come out."""
-    shuffled = replace(data, test_labels=data.test_labels.flip(0))
-    outcome, scored, add = [], [], common.Scores.add
-    monkeypatch.setattr(common.Scores, "add", lambda self, logits, *rest: (
-        scored.append(logits), add(self, logits, *rest)))
-    for name, images in (("a", data), ("b", shuffled)):
-        joint = a_run(weights=True, validation=validation)
-        common.do_run(EXPERIMENT, joint, images, tmp_path / name, lambda *_: None)
-        stacked = a_run("stacking", stacking=stacking, folds=2, penalties=[0.01, 1.0],
-                        validation=validation)
-        result = common.do_run(EXPERIMENT, stacked, images, tmp_path / name, lambda *_: None)
-        folder = tmp_path / name / stacked.path
-        outcome.append((common.load_weights(tmp_path / name / joint.path, "cpu"), scored[-1],
-                        common.load_history(folder)["cross_validated_loss"], result["penalty"]))
-    (one, logits, losses, penalty), (other, other_logits, other_losses, other_penalty) = outcome
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert losses.tolist() == other_losses.tolist() and penalty == other_penalty
-    assert logits.shape == (len(data.test_labels), 1, 10) and torch.equal(logits, other_logits)
-
-
-def test_stacking_starts_from_plain_averaging(data, tmp_path):
-    """A penalty without bound leaves the combiner at the mean; a mild one fits the split better."""
-    joint = common.do_run(EXPERIMENT, a_run(weights=True), data, tmp_path, lambda *_: None)
-    losses = {}
-    for penalty in (1e9, 1e-3):
-        run = a_run("stacking", stacking="training", folds=2, penalties=[penalty])
-        result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
-        losses[penalty] = common.load_history(tmp_path / run.path)["cross_validated_loss"][0]
-    assert losses[1e-3] < losses[1e9]
-    run = a_run("stacking", stacking="validation", folds=2, penalties=[1e9])
-    result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
-    # Only the bias, which is not penalised, can have moved.
-    assert result["test_ensemble_loss"] == pytest.approx(joint["test_ensemble_loss"], abs=0.1)
-
-
-def test_the_penalty_of_stacking_is_chosen_on_images_held_out(data, tmp_path):
-    """The stored loss of a penalty is that of combiners fitted without the images it is read on."""
-    common.do_run(EXPERIMENT, a_run(weights=True), data, tmp_path, lambda *_: None)
-    run = a_run("stacking", stacking="validation", folds=2, penalties=[100.0, 0.1, 1e-3])
-    result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
-    stored = common.load_history(tmp_path / run.path)
-    assert stored["penalty"].tolist() == [100.0, 0.1, 1e-3]
-    assert result["penalty"] == stored["penalty"][stored["cross_validated_loss"].argmin()]
-
-    _, held_out = common.split(400, 0, 100, 300)
-    ensemble, _ = common.new_ensemble(EXPERIMENT, run, data)
-    ensemble.load_state_dict(common.load_weights(tmp_path / a_run().path, "cpu"))
-    x = common.predict(ensemble, data, data.train_images[held_out]).flatten(1).double()
-    y = data.train_labels[held_out]
-    fold = torch.randperm(100, generator=run.generator("folds")) % 2
-    average = torch.eye(10, dtype=torch.double).repeat(1, 4) / 4
-    losses = []
-    for k in (0, 1):
-        step, bias = (torch.zeros(size, dtype=torch.double, requires_grad=True)
-                      for size in ((10, 40), 10))
-        newton = torch.optim.LBFGS([step, bias], max_iter=2000, tolerance_change=0,
-                                   line_search_fn="strong_wolfe")
-
-        def closure(k=k, step=step, bias=bias, newton=newton):
-            newton.zero_grad()
-            logits = F.linear(x[fold != k], average + step, bias)
-            loss = F.cross_entropy(logits, y[fold != k]) + 0.1 * step.square().sum()
-            loss.backward()
-            return loss
-        newton.step(closure)
-        logits = F.linear(x[fold == k], average + step, bias)
-        losses.append(F.cross_entropy(logits, y[fold == k]).item())
-    assert stored["cross_validated_loss"][1] == pytest.approx(sum(losses) / 2, rel=5e-3)
-
-
-def test_a_diverged_run_is_recorded_and_leaves_no_numbers(data, tmp_path):
-    run = a_run(lr=1e30, weights=True)
-    result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
-    assert result["diverged_at_epoch"] == 1 and "test_ensemble_error" not in result
-    assert common.finished(run, tmp_path) and not (tmp_path / run.path / "weights.pt").exists()
-    stacking = a_run("stacking", stacking="validation", folds=2, penalties=[1.0])
-    result = common.do_run(EXPERIMENT, stacking, data, tmp_path, lambda *_: None)
-    assert result == {"diverged_at_epoch": 1}
-
-
-# --- The known order of the lambdas ------------------------------------------------------------
-
-def gain_of_joint_training():
-    """Test error at lambda 0 minus at lambda 0.95 of many tiny networks: above 0 (Sec. 4)."""
-    data = common.synthetic(10, (1, 28, 28), 2_500, 500)
-    errors = []
-    for lam in (0.0, 0.95):
-        run = a_run(lam=lam, members=64, hidden=4, lr=1.28, train=2_000, validation=500, epochs=15)
-        *_, test = common.train(EXPERIMENT, run, data)
-        errors.append(test["ensemble_error"])
-    return errors[0] - errors[1]
-
-
-def test_joint_training_beats_independent_training_of_tiny_networks():
-    assert gain_of_joint_training() > 0.02
-
-
-def test_a_broken_loss_loses_that_order(monkeypatch):
-    whole = common.fused_joint_loss
-    monkeypatch.setattr(common, "fused_joint_loss", lambda z, y, lam, weights=None:
-                        whole(z, y, -lam, weights))
-    assert gain_of_joint_training() <= 0.02
-
-
-# --- The protocol of the networks with convolutions ---------------------------------------------
-
-PAPERS_RATES = {     # epoch -> learning rate, appendix B.2 and B.3
-    "densenet_cifar": {1: 0.1, 150: 0.1, 151: 0.01, 225: 0.01, 226: 0.001, 300: 0.001},
-    "convnet_cifar": {1: 0.1, 200: 0.1, 201: 0.01, 300: 0.01, 301: 0.001, 400: 0.001},
-}
-
-
-@pytest.mark.parametrize("name", PAPERS_RATES)
-def test_the_learning_rate_of_each_epoch(name):
-    experiment = common.experiment_of(name)
-    block = common.experiment_settings(common.load_preset("paper"), "paper", experiment)
-    run, *_ = common.list_runs("paper", experiment, block, {}, lambdas=[0])
-    rates = [common.rate_at(run.settings, epoch) for epoch in range(1, block["epochs"] + 1)]
-    assert rates == sorted(rates, reverse=True)
-    for epoch, rate in PAPERS_RATES[name].items():
-        assert rates[epoch - 1] == pytest.approx(rate, rel=1e-12)
-
-
-def test_few_epochs_begin_at_the_full_rate():
-    """The rate falls once a share of the epochs has passed, and not within an epoch or before."""
-    for epochs, expected in ((1, [1]), (2, [1, 0.1]), (3, [1, 1, 0.1]), (4, [1, 1, 0.1, 0.01])):
-        settings = {"lr": 1.0, "epochs": epochs, "decay": [0.5, 0.75]}
-        assert [common.rate_at(settings, epoch) for epoch in range(1, epochs + 1)] == (
-            pytest.approx(expected))
-
-
-def test_the_optimizer_steps_at_the_rate_of_the_epoch(data, monkeypatch):
-    rates = []
-    real = common.training_step
-    monkeypatch.setattr(common, "training_step", lambda ensemble, optimizer, *a: rates.append(
-        optimizer.param_groups[0]["lr"]) or real(ensemble, optimizer, *a))
-    common.train(EXPERIMENT, a_run(decay=[0.5, 0.75], batch=300), data)
-    assert rates == pytest.approx([0.4, 0.4, 0.04, 0.004])
-
-
-def captures(monkeypatch, replaying=lambda work: work):
-    """Makes training on the CPU take the road of CUDA, with a stand-in for the graph alone.
-
-    `replaying` makes of the recorded call what a replay does.
-    """
-    def record(work):
-        for _ in range(4):              # the warm-up and the recording change all that a step does
-            work()
-        return replaying(work)
-
-    def stepper(run, ensemble, optimizer, scores, batches, eager=False):
-        def step(rows):
-            common.training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
-        optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
-        return common.captured(step, ensemble, optimizer, scores, torch.arange(batches.size))
-    monkeypatch.setattr(common, "record", record)
-    monkeypatch.setattr(common, "stepper", stepper)
-
-
-def equal(one, other):
-    """Are two results of common.train the same, but for the last places of the rate in fp32?"""
-    for p, q in zip(one[0].state_dict().values(), other[0].state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-    for epoch, other_epoch in zip(one[1], other[1], strict=True):
-        for scores, other_scores in zip(epoch, other_epoch, strict=True):
-            for key in scores:
-                assert scores[key] == pytest.approx(other_scores[key], rel=1e-3, nan_ok=True), key
-    return one[2] == other[2]
-
-
-@pytest.mark.parametrize("changes", [{}, {"bagging": "weights"}, {"bagging": "resample"},
-                                     {"augment": True, "decay": [0.5], "weight_decay": 0.01}])
-def test_captured_steps_equal_eager_ones(data, monkeypatch, changes):
-    """A whole run: order, odd last batch, rates, momentum, scores, and the draws of each epoch."""
-    eager = common.train(EXPERIMENT, a_run(lam=0.0, **changes), data)
-    captures(monkeypatch)
-    assert equal(common.train(EXPERIMENT, a_run(lam=0.0, **changes), data), eager)
-
-
-def test_captured_steps_of_batch_norm_equal_eager_ones(colour, monkeypatch):
-    experiment, run = common.experiment_of("densenet_cifar"), small_densenet()
-    eager = common.train(experiment, run, colour)
-    captures(monkeypatch)
-    assert equal(common.train(experiment, run, colour), eager)
-
-
-@pytest.mark.parametrize("wrong", [lambda work: lambda: None,                 # nothing, or twice
-                                   lambda work: lambda: (work(), work())])
-def test_a_replay_that_is_not_the_step_is_refused(data, monkeypatch, wrong):
-    captures(monkeypatch, wrong)
-    with pytest.raises(common.Refused, match=r"differs from an eager one by .* add --eager"):
-        common.train(EXPERIMENT, a_run(), data)
-
-
-def test_a_step_that_cannot_be_captured_is_told(data, monkeypatch):
-    def record(work):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-    captures(monkeypatch)
-    monkeypatch.setattr(common, "record", record)
-    with pytest.raises(common.Refused, match=r"capturing\): add --eager"):
-        common.train(EXPERIMENT, a_run(), data)
+    assert torch.equal(ensemble.hidden_weight, common.train(build, a_run(lr=1e-5, epochs=1), data)[0].hidden_weight)
 
 
 def test_without_a_validation_split_the_last_epoch_is_reported(data, tmp_path, monkeypatch):
     unlearn(monkeypatch, since=6)
     run = a_run(lam=0.9, epochs=8, validation=0, train=None)
-    result = common.do_run(EXPERIMENT, run, data, tmp_path, lambda *_: None)
-    history = common.load_history(tmp_path / run.path)
+    result = study.do_run(EXPERIMENT, run, data, tmp_path)
+    history = folders.load_history(tmp_path / run.path)
     assert result["epoch"] == 8 and "validation_error" not in result
     assert result["test_ensemble_error"] == pytest.approx(history["test_ensemble_error"][-1])
     assert history["test_ensemble_error"].argmin() < 7, "the case worth testing"
     assert history["reported_test_member_error"].shape == (4,)
     assert not any(key.startswith("validation") for key in history)
-    training, held_out = common.split(400, 0, 0)
-    assert training.tolist() == list(range(400)) and len(held_out) == 0
 
 
-def small_densenet(method="joint", **changes):
-    """A run of a small DenseNet ensemble on 3-channel images."""
-    settings = SETTINGS | {"members": 3, "depth": 10, "growth": 3, "precision": "fp32", "lr": 0.1,
-                           "train": 60, "validation": 0, "epochs": 1, "batch": 20,
-                           "augment": True, "weight_decay": 1e-3}
-    return common.Run("test", "densenet_cifar", "small", method, 0, 0, settings | changes, False)
+@pytest.mark.parametrize("stacking, validation", [("validation", 100), ("training", 100), ("training", 0)])
+def test_test_labels_decide_nothing(data, monkeypatch, stacking, validation):
+    """With other test labels the same weights, epoch, penalty and stacked logits come out."""
+    outcome, scored, add = [], [], common.Scores.add
+    monkeypatch.setattr(common.Scores, "add", lambda self, logits, *rest: (
+        scored.append(logits), add(self, logits, *rest)))
+    stacked = a_run("stacking", stacking=stacking, folds=2, penalties=[0.01, 1.0], validation=validation)
+    for images in (data, replace(data, test_labels=data.test_labels.flip(0))):
+        ensemble, _, epoch, _ = common.train(build, a_run(validation=validation), images)
+        _, arrays, result = common.stack(ensemble, stacked, images)
+        outcome.append(([p.tolist() for p in ensemble.parameters()], epoch, arrays["cross_validated_loss"].tolist(),
+                        result["penalty"], scored[-1].tolist()))
+    assert outcome[0] == outcome[1]
+    assert scored[-1].shape == (len(data.test_labels), 1, 10)
 
 
-@pytest.fixture(scope="module")
-def colour():
-    return common.synthetic(10, (3, 16, 16), 60, 30)
+# --- Stacking ------------------------------------------------------------------------------------
 
 
-def test_independent_at_its_own_rate_minimises_the_sum_of_the_losses(colour):
-    """Method `independent`: SGD on the sum, at the rate and the weight decay of the shared loss."""
-    experiment = common.experiment_of("densenet_cifar")
-    shared = small_densenet(augment=False)
-    run = replace(shared, method="independent",
-                  settings=shared.settings | common.own_rate(shared.settings))
-    start, _ = common.new_ensemble(experiment, run, colour)
-    trained, *_ = common.train(experiment, run, colour)
-    sgd = torch.optim.SGD(start.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    for rows in torch.randperm(60, generator=run.generator("order")).split(20):
-        logits = start.train()(colour.normalise(colour.train_images[rows]))
-        loss = sum(F.cross_entropy(logits[:, m], colour.train_labels[rows]) for m in range(3))
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-    for p, q in zip(start.parameters(), trained.parameters(), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("stacking, best", [("training", 0.1), ("validation", 1.0)])
+def test_stacking_takes_the_penalty_that_is_best_on_images_held_out(data, tmp_path, stacking, best):
+    """The penalty holds a combiner at plain averaging; it is judged on images that the combiner was not fitted on."""
+    study.do_run(EXPERIMENT, a_run(weights=True), data, tmp_path)
+    penalties = [10.0, 1.0, 0.1]
+    run = a_run("stacking", stacking=stacking, folds=2, penalties=penalties)
+    result = study.do_run(EXPERIMENT, run, data, tmp_path)
+    stored = folders.load_history(tmp_path / run.path)
+
+    rows = common.split(400, 0, 100, 300)[stacking == "validation"]
+    ensemble, _ = common.new_ensemble(build, run, data)
+    ensemble.load_state_dict(folders.load_weights(tmp_path / a_run().path, "cpu"))
+    logits, test_logits = (common.predict(ensemble, data, images).double()
+                           for images in (data.train_images[rows], data.test_images))
+    labels, fold = data.train_labels[rows], torch.randperm(len(rows), generator=run.generator("folds")) % 2
+
+    def loss_after_fit(penalty, fitted, x, y):
+        """The loss at x (N, M, K), y (N,) of a combiner that is fitted on some of the images."""
+        step, bias = (torch.zeros(*size, dtype=torch.double, requires_grad=True) for size in ((10, 40), (10,)))
+        newton = torch.optim.LBFGS([step, bias], max_iter=2000, tolerance_change=0, line_search_fn="strong_wolfe")
+
+        def combine(z):
+            return z.mean(1) + F.linear(z.flatten(1), step, bias)
+
+        def closure():
+            newton.zero_grad()
+            loss = F.cross_entropy(combine(logits[fitted]), labels[fitted]) + penalty * step.square().sum()
+            loss.backward()
+            return loss
+        newton.step(closure)
+        return F.cross_entropy(combine(x), y).item()
+    losses = [sum(loss_after_fit(penalty, fold != k, logits[fold == k], labels[fold == k]) for k in (0, 1)) / 2
+              for penalty in penalties]
+    assert stored["penalty"].tolist() == penalties
+    assert stored["cross_validated_loss"].tolist() == pytest.approx(losses, rel=5e-3)
+    assert result["penalty"] == best == penalties[np.argmin(losses)]
+    assert result["penalty_is_outermost"] == (best == 0.1)
+    assert result["test_ensemble_loss"] == pytest.approx(
+        loss_after_fit(best, fold >= 0, test_logits, data.test_labels), rel=5e-3)
 
 
-def test_bagging_by_weights_is_refused_where_batch_norm_sees_all_images(colour):
-    with pytest.raises(common.Refused, match="--set bagging=resample"):
-        common.new_ensemble(common.experiment_of("densenet_cifar"),
-                            small_densenet("bagging", bagging="weights"), colour)
+# --- The known order of the lambdas --------------------------------------------------------------
 
 
-def test_a_bagged_densenet_trains_on_its_own_images_labels_and_moves(colour):
-    """Each member equals a DenseNet alone on its bootstrap, batch norm's statistics included."""
-    experiment = common.experiment_of("densenet_cifar")
-    run = small_densenet("bagging", bagging="resample")
-    start, _ = common.new_ensemble(experiment, run, colour)
-    networks = [copy.deepcopy(member) for member in start.members]
-    trained, *_ = common.train(experiment, run, colour)
-    draws = common.bootstraps(60, 3, run.generator("bootstrap"))
-    moves = common.draw_moves((60, 3), run.generator("augmentation"))
-    padded = F.pad(colour.train_images, [4] * 4)
-    order = torch.randperm(60, generator=run.generator("order"))
-    assert not torch.equal(draws[:, 0], draws[:, 1])
-    for m, network in enumerate(networks):
-        sgd = torch.optim.SGD(network.parameters(), lr=0.1 / 3, momentum=0.9, weight_decay=3e-3)
-        for rows in order.split(20):
-            own = draws[rows, m]
-            images = common.crop_and_flip(padded, own, moves[rows, m])
-            sgd.zero_grad()
-            F.cross_entropy(network(colour.normalise(images)), colour.train_labels[own]).backward()
-            sgd.step()
-        for p, q in zip(network.state_dict().values(), trained.members[m].state_dict().values(),
-                        strict=True):
-            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4)
+def test_joint_training_beats_independent_training_of_tiny_networks():
+    """Test errors of Sec. 4's order; a loss with the sign of lambda turned round loses it."""
+    data = common.synthetic(10, (1, 28, 28), 2_500, 500)
+    joint, independent, broken = (
+        common.train(build, a_run(lam=lam, members=64, hidden=4, lr=1.28, train=2_000, validation=500, batch=100,
+                                  epochs=8), data)[3]["ensemble_error"] for lam in (0.95, 0, -0.95))
+    assert joint + 0.1 < independent < broken
 
 
-def test_augmentation_is_of_the_trial_and_moves_with_the_seed(colour, monkeypatch):
+# --- The schedule --------------------------------------------------------------------------------
+
+
+def rates(monkeypatch, data, **changes):
+    """The learning rate of each epoch, as the optimizer has it at both of its steps."""
     seen = []
-    real = common.crop_and_flip
-    monkeypatch.setattr(common, "crop_and_flip", lambda padded, rows, moves: seen.append(
-        moves.sum().item()) or real(padded, rows, moves))
-    experiment = common.experiment_of("densenet_cifar")
-    for changes in ({}, {"lr": 0.01}, {"seed": 1}):
-        common.train(experiment, small_densenet(**changes), colour)
-    assert seen[:3] == seen[3:6] != seen[6:]
+
+    def step(ensemble, optimizer, scores, *_):
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()                                        # without gradients: moves nothing
+        scores.n += 1
+    monkeypatch.setattr(common, "training_step", step)
+    monkeypatch.setattr(common, "evaluate", lambda *_: {"ensemble_error": 0.0, "mean_member_loss": 0.0})
+    common.train(build, a_run(batch=150, **changes), data)
+    assert seen[::2] == seen[1::2]
+    return seen[::2]
+
+
+@pytest.mark.parametrize("name, expected", [                    # epoch -> learning rate, appendix B.2 and B.3
+    ("densenet_cifar", {1: 0.1, 150: 0.1, 151: 0.01, 225: 0.01, 226: 0.001, 300: 0.001}),
+    ("convnet_cifar", {1: 0.1, 200: 0.1, 201: 0.01, 300: 0.01, 301: 0.001, 400: 0.001})])
+def test_the_learning_rate_of_each_epoch_is_the_papers(data, monkeypatch, name, expected):
+    block = study.experiment_settings(study.load_preset("paper"), "paper", name)
+    run, *_ = study.list_runs("paper", study.experiment_of(name), block, {}, lambdas=[0])
+    found = rates(monkeypatch, data, **{key: run.settings[key] for key in ("lr", "epochs", "decay")})
+    assert len(found) == max(expected) and found == sorted(found, reverse=True)
+    assert {epoch: found[epoch - 1] for epoch in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("expected", [[1], [1, 0.1], [1, 1, 0.1], [1, 1, 0.1, 0.01]], ids=len)
+def test_few_epochs_begin_at_the_full_rate(data, monkeypatch, expected):
+    """The rate falls once a share of the epochs has passed, and not within an epoch or before."""
+    assert rates(monkeypatch, data, lr=1.0, epochs=len(expected), decay=[0.5, 0.75]) == pytest.approx(expected)
+
+
+# --- Runs that fail ------------------------------------------------------------------------------
+
+
+def test_a_diverged_run_is_recorded_and_leaves_no_numbers(data, tmp_path):
+    run = a_run(lr=1e30, weights=True)
+    result = study.do_run(EXPERIMENT, run, data, tmp_path)
+    assert result["diverged_at_epoch"] == 1 and "test_ensemble_error" not in result
+    assert not folders.to_be_done(run, tmp_path) and not (tmp_path / run.path / "weights.pt").exists()
+    stacking = a_run("stacking", stacking="validation", folds=2, penalties=[1.0])
+    assert study.do_run(EXPERIMENT, stacking, data, tmp_path) == {"diverged_at_epoch": 1}
 
 
 @pytest.mark.parametrize("error, words", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"),
-     ["2.50 GiB more", "70.0 of 80.0 GB"]),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "
-                  "allocate 123 bytes. Error code 12"), ["123 bytes more"])])
-def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkeypatch, error,
-                                                          words):
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"), "2.50 GiB more"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. Error "
+                  "code 12"), "123 bytes more"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)], ids=["CUDA", "CPU", "another error"])
+def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkeypatch, error, words):
     def fail(*_):
         raise error
     monkeypatch.setattr(common, "training_step", fail)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 10**9, 80 * 10**9))
-    with pytest.raises(common.Refused) as refusal:
-        common.do_run(EXPERIMENT, a_run(), data, tmp_path, lambda *_: None)
-    for word in (*words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members"):
+    with pytest.raises(common.Refused if words else RuntimeError) as refusal:
+        study.do_run(EXPERIMENT, a_run(), data, tmp_path)
+    for word in (words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members") if words else ("mat1",):
         assert word in str(refusal.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_other_errors_are_not_taken_for_too_little_memory(data, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    monkeypatch.setattr(common, "training_step", fail)
-    with pytest.raises(RuntimeError, match="mat1"):
-        common.do_run(EXPERIMENT, a_run(), data, tmp_path, lambda *_: None)

@@ -1,0 +1,750 @@
+"""The machinery: presets -> runs -> one run -> plan and progress -> command line. No science here.
+
+A run is configuration x method x trial; folders.py keeps what it leaves behind.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (someone will try)
+    print(f"error: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed; `bash run_all.sh` finds one",
+          file=sys.stderr)
+    sys.exit(2)
+
+import argparse
+import collections
+import contextlib
+import difflib
+import hashlib
+import importlib
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+try:
+    import common
+    import fast
+    import folders
+    from common import Refused
+    from folders import HERE, to_be_done
+
+    import numpy as np
+    import torch
+    import yaml
+except (ImportError, RuntimeError, OSError) as error:       # RuntimeError: torch and torchvision of two releases
+    pair = "; torch and torchvision are not of one release pair" if "torchvision::" in str(error) else ""
+    print(f"error: the packages cannot be imported ({str(error).splitlines()[0]}){pair}: `pip install -r "
+          "requirements.txt`; or `bash run_all.sh`, which makes a .venv, and then `. .venv/bin/activate`",
+          file=sys.stderr)
+    sys.exit(2)
+
+
+def known(word, words, what):
+    """`word` if it is one of `words`; otherwise a refusal that names the nearest of them."""
+    if word in (words := [str(w) for w in words]):
+        return word
+    close = difflib.get_close_matches(str(word), words, 1, 0.3)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise Refused(f"unknown {what} '{word}': expected one of {', '.join(words)}{hint}")
+
+
+# --- Presets -------------------------------------------------------------------------------------
+
+METHODS = ("joint", "independent", "bagging", "stacking")
+POLICIES = ("real", "auto", "synthetic")
+MOST, REAL = 1_000_000, (int, float)    # the largest count; the types of a real number
+
+
+def number(kind, low, high, words):
+    """A rule (test, words) for a number of one kind in [low, high]; true and false are not numbers."""
+    return lambda x: isinstance(x, kind) and not isinstance(x, bool) and low <= x <= high, words
+
+
+def one_of(words):
+    return lambda x: isinstance(x, str) and x in words, "one of " + ", ".join(words)
+
+
+COUNT = number(int, 1, MOST, f"a whole number of at least 1, at most {MOST}")
+FRACTION, RATE = number(REAL, 0, 1, "a number in [0, 1]"), number(REAL, 1e-30, 1e30, "a number above 0")
+LAMBDA = (lambda x: FRACTION[0](x) and float(f"{x:g}") == x, "a number in [0, 1] of at most six digits")
+SWITCH = (lambda x: isinstance(x, bool), "true or false")
+RATES = (lambda x: isinstance(x, dict) and all(map(LAMBDA[0], x)) and max(x, default=0) == 1
+         and all(map(RATE[0], x.values())), "learning rates per range of lambda, the last of them for 1")
+COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for all")
+SHARED = {      # the settings that every run of an experiment has, and the rule of each
+    "dataset": one_of(common.DATASETS), "epochs": COUNT, "train": COUNT_OR_ALL, "test": COUNT_OR_ALL, "batch": COUNT,
+    "validation": number(int, 0, MOST, f"a whole number of at least 0, at most {MOST}"), "augment": SWITCH,
+    "momentum": number(REAL, 0, 0.999999, "a number in [0, 1)"), "nesterov": SWITCH,
+    "weight_decay": number(REAL, 0, 1e30, "a number of at least 0"),
+    "decay": number(REAL, 1e-6, 1 - 1e-6, "a share of the epochs, above 0 and below 1 (the end)")}
+OTHERS = {      # the rest of an experiment's block
+    "trials": COUNT, "tune": RATE, "bagging": one_of(("weights", "resample")), "penalties": RATE,
+    "stacking": one_of(("validation", "training")), "folds": number(int, 2, MOST, "a whole number of at least 2")}
+CONFIGURATION = {"members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA}
+NETWORK = {     # of the networks; another key must have the type that it has in the block `paper`
+    **dict.fromkeys(("hidden", "depth", "growth", "filters", "strides"), COUNT), "batchnorm": SWITCH,
+    "padding": number(int, 0, 1, "0 or 1"), "precision": one_of(("fp32", "bf16", "auto"))}
+RULES = SHARED | OTHERS | CONFIGURATION | NETWORK | {"data": one_of(POLICIES), "repeats": COUNT}
+
+
+def check(key, value, like, where):
+    """Raises Refused unless a value follows the rule of its key, or, without a rule, has the type of `like`."""
+    test, words = RULES.get(key, (lambda x: type(x) is type(like), f"a {type(like).__name__}"))
+    values, empty = [value], key in ("decay", "weights")
+    if isinstance(like, list):
+        words = f"a list{'' if empty else ', not empty'}, each entry {words}"
+        values = value if isinstance(value, list) and (value or empty) else [math.nan]
+    if not all(map(test, values)):
+        raise Refused(f"{where}: {repr(value)[:60]} is not {words}")
+
+
+def merge(base, changes, where):
+    """`base` with the values of `changes`: only keys that `base` has, each value by its rule."""
+    if not isinstance(changes, dict):
+        raise Refused(f"presets.yaml: {where} is {repr(changes)[:60]}: expected a block of settings")
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base[known(key, base, f"key in presets.yaml, {where}")]
+        if isinstance(old, dict) and key != "lr":
+            merged[key] = merge(old, value, f"{where}.{key}")
+        else:
+            check(key, value, old, f"presets.yaml, {where}.{key}")
+            merged[key] = value
+    return merged
+
+
+def load_preset(name, path=HERE / "presets.yaml"):
+    """The block `paper` of presets.yaml with the changes of another block. `paper` is the schema."""
+    try:
+        presets = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise Refused(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(presets, dict) or not isinstance(presets.get("paper"), dict):
+        raise Refused(f"{path.name}: expected a block `paper` that the other presets change")
+    paper = merge(presets["paper"], presets["paper"], "paper")
+    return merge(paper, presets[known(name, presets, "preset")], name)
+
+
+def experiment_settings(preset, name, experiment, changes=()):
+    """The block of one experiment in a preset; each configuration has every setting of its own.
+
+    `changes` are those of --set: KEY=VALUE for all configurations, or CONFIGURATION.KEY=VALUE.
+    """
+    if experiment not in preset:
+        raise Refused(f"presets.yaml: {name} has no block '{experiment}'")
+    block = dict(preset[experiment])
+    configurations = block.pop("configurations", {})
+    shared = {key: block.pop(key) for key in list(block) if key not in SHARED | OTHERS}
+    block["configurations"] = {each: shared | own for each, own in configurations.items()}
+    for change in changes:
+        set_value(block, change)
+    for each in block["configurations"].values():
+        for key in [*SHARED, *OTHERS, *CONFIGURATION]:
+            if key not in (each if key in CONFIGURATION else block):
+                raise Refused(f"presets.yaml: {name}.{experiment}: {key} is missing")
+    return block
+
+
+def set_value(block, change):
+    """Makes one change of --set; its value is read as YAML."""
+    name, _, value = change.partition("=")
+    configuration, _, key = name.rpartition(".")
+    configurations = block["configurations"]
+    known(key, [*SHARED, *OTHERS, *{k: 0 for own in configurations.values() for k in own}], "key in --set")
+    if key in block and configuration:
+        raise Refused(f"--set {change}: {key} holds for all configurations; leave '{configuration}.' out")
+    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
+        value = yaml.safe_load(value)
+    chosen = [known(configuration, configurations, "configuration in --set")] if configuration else configurations
+    for target in [block] if key in block else [configurations[each] for each in chosen]:
+        check(key, value, target[key], f"--set {change}")
+        target[key] = value
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One of the paper's experiments, as its script declares it.
+
+    build(settings, shape, classes, generator) returns the untrained ensemble of a run, an nn.Module from images
+    (N, *shape) or (N, M, *shape) to member logits (N, M, K); `generator` draws the initial weights. `figures` is
+    {figure: {configuration: methods}}; the method `joint` stands for every lambda of the preset.
+    """
+    name: str
+    build: object
+    figures: dict = field(default_factory=dict)
+
+
+def experiment_of(name):
+    """The Experiment that train_NAME.py declares."""
+    return importlib.import_module(f"train_{name}").EXPERIMENT
+
+
+def method_name(method, lam):
+    return f"joint-{lam:g}" if method == "joint" else method
+
+
+@dataclass(frozen=True)
+class Run:
+    """configuration x method (x lambda) x trial: the unit of work."""
+    preset: str
+    experiment: str
+    configuration: str
+    method: str           # one of METHODS
+    lam: float            # lambda; 0 for the other methods
+    trial: int
+    settings: dict        # all that decides its numbers
+    weights: bool         # are the trained weights kept?
+
+    @property
+    def method_name(self):
+        return method_name(self.method, self.lam)
+
+    @property
+    def label(self):
+        return f"{self.configuration} {self.method_name.replace('joint-', 'lambda ')} trial {self.trial}"
+
+    @property
+    def path(self):
+        return Path(self.preset, self.experiment, self.configuration, self.method_name, f"trial{self.trial}")
+
+    def generator(self, purpose):
+        """A generator for one purpose: initialisation, order, augmentation, bootstrap, folds, drop.
+
+        Its seed depends on (experiment, configuration, trial, --seed) alone. So the lambdas of one trial share
+        initial weights and order, and a run alone equals the same run in a sweep.
+        """
+        words = (self.experiment, self.configuration, self.trial, self.settings["seed"], purpose)
+        digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def learning_rate(rates, lam):
+    """The rate of the first range that reaches `lam`: {0.95: a, 1: b} gives b for 0.97."""
+    return rates[min(upper for upper in rates if upper >= lam)]
+
+
+def own_rate(settings):
+    """What makes lambda 0 train each member at the rate and the weight decay of `settings`.
+
+    SGD on the sum of the members' losses at rate r and decay d. The loss at lambda 0 is that sum over M: its gradient
+    takes M times the rate, and the decay, which is not divided by M, d / M.
+    """
+    return {"lr": settings["lr"] * settings["members"], "weight_decay": settings["weight_decay"] / settings["members"]}
+
+
+def planned(c, lambdas=None, methods=None):
+    """The runs (method, lambda) of a configuration: the preset's, or those that the two flags select.
+
+    lambdas alone mean joint runs. A single network is the same at every lambda and is trained once, as lambda 1.
+    """
+    chosen = methods or (["joint"] if lambdas else c["methods"])
+    joint = [("joint", lam) for lam in dict.fromkeys(lambdas or c["lambdas"])] if "joint" in chosen else []
+    if c["members"] == 1:
+        return [("joint", 1)] if joint else []
+    return joint + [(method, 0) for method in METHODS[1:] if method in chosen]
+
+
+def drawn(figure, configuration, c):
+    """The planned runs (method, lambda) of a configuration that a figure, a value of FIGURES, draws."""
+    words = set(figure.get(configuration, ()))
+    return [(method, lam) for method, lam in planned(c) if {method, method_name(method, lam)} & words]
+
+
+def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, methods=None, figures=None):
+    """The runs of an experiment, trial by trial, so that the first trial is complete early.
+
+    `only`, `lambdas`, `methods` and `figures` narrow them. Stacking combines the members of its trial's lambda 0 run,
+    which comes before it.
+    """
+    extra = {"bagging": ["bagging"], "stacking": ["stacking", "folds", "penalties"]}
+    runs = []
+    for trial in range(block["trials"]):
+        for name in dict.fromkeys(only or block["configurations"]):
+            c = block["configurations"][name]
+            wanted = planned(c, lambdas, methods)
+            if figures:
+                there = [each for figure in figures for each in drawn(experiment.figures[figure], name, c)]
+                wanted = [each for each in wanted if each in there]
+            if ("stacking", 0) in wanted and ("joint", 0) not in wanted:
+                wanted.insert(0, ("joint", 0))
+            stacked = "stacking" in c["methods"] or ("stacking", 0) in wanted
+            for method, lam in wanted:
+                settings = {"data": data, "seed": seed, "members": c["members"],
+                            **{key: value for key, value in c.items() if key not in CONFIGURATION},
+                            "lr": learning_rate(c["lr"], lam), **{key: block[key] for key in SHARED},
+                            **{key: block[key] for key in extra.get(method, [])}}
+                if method == "independent":
+                    settings |= own_rate(settings)
+                keep = method == "joint" and (lam in c["weights"] or (lam == 0 and stacked))
+                runs.append(Run(preset, experiment.name, name, method, lam, trial, settings, keep))
+    if not runs:
+        raise Refused("no run is left of this selection (bagging, stacking and independent need more than one "
+                      "member): name other configurations, methods or figures")
+    return runs
+
+
+def shard(runs, part, parts):
+    """Every `parts`-th run from `part` on, counted from 0; stacking goes with the members it combines."""
+    place, own = {}, []
+    for run in runs:
+        key = replace(run, method="joint").path if run.method == "stacking" else run.path
+        if place.setdefault(key, len(place)) % parts == part:
+            own.append(run)
+    return own
+
+
+def tuning_runs(runs, rates):
+    """Each joint run at each rate, times M since Eq. 9 divides by M, in folders tune-lrX."""
+    return [replace(run, preset=f"{run.preset}/tune-lr{lr:g}", weights=False, settings=run.settings | {"lr": lr})
+            for run in runs if run.method == "joint" for lr in sorted(rate * run.settings["members"] for rate in rates)]
+
+
+def print_tuned(runs, results):
+    """The rates of the lowest mean validation error, as presets.yaml takes them."""
+    errors = collections.defaultdict(list)      # (configuration, lambda, rate) -> errors, inf of a diverged run
+    for run in runs:
+        result = folders.read_run(results / run.path)["result"]
+        errors[run.configuration, run.lam, run.settings["lr"]].append(result.get("validation_error", math.inf))
+    for configuration in dict.fromkeys(run.configuration for run in runs):
+        best = {}
+        for lam in sorted({run.lam for run in runs if run.configuration == configuration}):
+            tried = {rate: np.mean(e) for (name, at, rate), e in errors.items() if (name, at) == (configuration, lam)}
+            best[lam] = min(tried, key=tried.get)
+            if len(tried) > 1 and best[lam] in (min(tried), max(tried)):
+                print(f"{configuration}, lambda {lam:g}: {best[lam]:g} is at an end of the grid: widen `tune` in "
+                      "presets.yaml")
+        print(f"{configuration}: lr: {{{', '.join(f'{lam:g}: {rate:g}' for lam, rate in best.items())}}}")
+
+
+# --- One run -------------------------------------------------------------------------------------
+
+
+def do_run(experiment, run, data, results, report=lambda epoch, history: None, eager=False):
+    """Trains one run and writes its folder. Returns its result, as run.json has it.
+
+    Raises Refused, and writes nothing, if the device has too little memory.
+    """
+    checkpoint, ensemble, cuda = folders.Checkpoint(run, results), None, data.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with memory_told(run):
+        if run.method == "stacking":
+            test, arrays, result = stack(experiment, run, data, results)
+        else:
+            ensemble, history, epoch, test = common.train(experiment.build, run, data, report, eager, checkpoint)
+            arrays, result = reported(run, history, epoch)
+            if isinstance(ensemble, common.Ensemble):
+                untrained, _ = common.new_ensemble(experiment.build, run, data)
+                arrays["member_distance"] = common.distances(ensemble, untrained).cpu().numpy()
+    if cuda:
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    for key, value in (test or {}).items():
+        if np.ndim(value) == 0:
+            result[f"test_{key}"] = float(value)
+        else:
+            arrays[f"reported_test_{key}"] = value
+    folders.write_run(run, results, data, checkpoint.began, arrays, result, ensemble)
+    checkpoint.path.unlink(missing_ok=True)
+    return result
+
+
+def stack(experiment, run, data, results):
+    """common.stack on the members of the trial's lambda 0 run; a run that diverged has none to combine."""
+    source = results / replace(run, method="joint").path
+    diverged = folders.read_run(source)["result"]["diverged_at_epoch"]
+    if diverged is not None:
+        return None, {}, {"diverged_at_epoch": diverged}
+    if not (source / "weights.pt").exists():
+        raise Refused(f"{run.label} combines the members of {source}, whose weights.pt is not there: remove {source} "
+                      "and give the same command again")
+    ensemble, _ = common.new_ensemble(experiment.build, run, data)
+    ensemble.load_state_dict(folders.load_weights(source, data.device))
+    return common.stack(ensemble, run, data)
+
+
+def reported(run, history, epoch):
+    """What history.npz and run.json hold of a trained run: arrays with an axis (epoch) or (epoch, member), by part of
+    the data; and the reported epoch, None if the run diverged."""
+    second = "validation" if run.settings["validation"] else "test"
+    arrays = {f"{part}_{key}": np.array([scores[i][key] for scores in history], np.float32)
+              for i, part in enumerate(("train", second)) for key in history[0][i]}
+    result = {"epoch": epoch, "diverged_at_epoch": None if epoch else len(history)}
+    if epoch and run.settings["validation"]:
+        result["validation_error"] = history[epoch - 1][1]["ensemble_error"]
+    return arrays, result
+
+
+@contextlib.contextmanager
+def memory_told(run):
+    """Turns an error of too little memory into Refused, with how much was needed and the fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        batch = run.settings["batch"]
+        raise Refused(f"{run.label}: not enough memory{f' ({asked[1]} more were needed)' if asked else ''}: lower the "
+                      f"batch (--set batch={max(1, batch // 2)} instead of {batch}) or the members, or free memory; "
+                      "nothing of this run was written") from error
+
+
+# --- Plan and progress ---------------------------------------------------------------------------
+
+
+def fastest(work, device, limit=0.2):
+    """Seconds of the fastest call of `work`, of as many as fit into `limit`: others may share the machine."""
+    seconds = []
+    while not seconds or (sum(seconds) < limit and len(seconds) < 50):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def cost(experiment, run, data):
+    """Seconds that a run will take on one core or on the GPU, from a few of its own steps."""
+    s, device = run.settings, data.device
+    ensemble, optimizer = common.new_ensemble(experiment.build, run, data)
+    part = data.train_images[:100], data.train_labels[:100]
+    example = fastest(lambda: common.evaluate(ensemble, data, *part), device) / len(part[1])
+    n, held_out = s["train"] or len(data.train_labels) - s["validation"], s["validation"] or len(data.test_labels)
+    if run.method == "stacking":        # predictions, and fits of about 100 products and gradients
+        fitted = s["validation"] if s["stacking"] == "validation" else n
+        logits = torch.zeros(500, s["members"] * data.classes, device=device)
+        product = fastest(lambda: logits.T @ (logits @ logits.new_zeros(logits.shape[1], data.classes)), device) / 500
+        fits = s["folds"] * len(s["penalties"]) + 1
+        return (fitted + len(data.test_labels)) * example + 100 * fits * fitted * product
+    ensemble.train()
+    batches = common.Batches(run, data, torch.arange(n, device=device))
+    step = common.stepper(run, ensemble, optimizer, common.Scores(s["members"], device), batches)
+    rows = batches.epoch()[0]
+    few = rows[:max(2, len(rows) // 8)]             # a step of the largest DenseNets takes half a minute
+    seconds = fastest(lambda: step(few), device, 0) * len(rows) / len(few)
+    if seconds < 2:
+        seconds = fastest(lambda: step(rows), device)
+    return s["epochs"] * (math.ceil(n / s["batch"]) * seconds + held_out * example)
+
+
+def estimate(experiment, runs, data):
+    """The cost of each run by its path; runs of one configuration and method cost the same."""
+    costs, seconds = {}, {}
+    for run in runs:
+        kind = (run.configuration, "joint" if run.method == "independent" else run.method)
+        if kind not in costs:
+            with memory_told(run):
+                costs[kind] = cost(experiment, run, data)
+        seconds[run.path] = costs[kind]
+    return seconds
+
+
+def runs_at_once(experiment, runs, data, jobs, cores):
+    """How many runs to train at once: --jobs; else one on a GPU, and on a CPU one per core that memory allows."""
+    if jobs or data.device.type == "cuda" or sys.platform != "linux":
+        return max(1, min(jobs or 1, len(runs)))
+    settings = {run.configuration: run.settings for run in runs}.values()
+    needed = max((common.bytes_saved_for_backward(experiment.build, s, data.shape, data.classes) for s in settings),
+                 default=0)
+    available = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    return max(1, min(cores, len(runs), int(available / (needed + 5e8))))
+
+
+def duration(s):
+    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.1f} h"
+
+
+class Progress:
+    """Says where a study is and when it will end: one living line on a terminal, in a log a line now and then.
+
+    It is told of every run, whichever process trains it. seconds: the cost of each run by its path.
+    """
+
+    def __init__(self, seconds, results, jobs):
+        self.seconds, self.results, self.jobs, self.live = seconds, results, jobs, sys.stdout.isatty()
+        self.running, self.worked = {}, 0.0       # path -> (share done, text); the cost of what was done here
+        self.began, self.said = time.perf_counter(), 0.0
+
+    def __call__(self, path, done, text, line=None, step=1):
+        """Of the run at `path` the share `done` is done, as `text` says, the last `step` of it here; no text: it ended.
+
+        `line` is to stay.
+        """
+        before = self.running.pop(path, (max(0, done - step), ""))[0]       # (a resumed run did not begin here)
+        self.worked += (done - before) * self.seconds[path]
+        if text:
+            self.running[path] = done, text
+        over = [other for other in self.seconds if (self.results / other / "run.json").exists()]
+        left = sum(self.seconds.values()) - sum(self.seconds[other] for other in over) - sum(
+            share * self.seconds[other] for other, (share, _) in self.running.items() if other not in over)
+        spent = time.perf_counter() - self.began
+        left *= spent / self.worked if self.worked and spent > 5 else 1 / self.jobs
+        head, tail = f"[{len(over)}/{len(self.seconds)}] ", f", about {duration(max(0, left))} left"
+        now = head + "; ".join(text for _, text in self.running.values()) + tail
+        if line:
+            print("\r\033[K" * self.live + head + line + tail, flush=True)
+        if self.live and self.running:
+            print("\r\033[K" + now[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+        elif not self.live and not line and time.perf_counter() - self.said > 30:
+            print(now, flush=True)
+            self.said = time.perf_counter()
+
+    def close(self):
+        """Leaves the terminal's last line empty, for the prompt or an error."""
+        print("\r\033[K" * self.live, end="", flush=True)
+
+
+def told(run, say):
+    """The report of common.train on a run, as messages to a Progress."""
+    part, epochs = "validation" if run.settings["validation"] else "test", run.settings["epochs"]
+
+    def report(epoch, history):
+        line, error = None, 100 * history[-1][1]["ensemble_error"]
+        if epoch == common.DIAGNOSIS[0] and run.lam == 1 and run.settings["members"] > 1:
+            line = common.diagnose(run.label, history[-1][0]["member_error"].numpy())
+        say(run.path, epoch / epochs, f"{run.label}: epoch {epoch}/{epochs}, {part} error {error:.1f} %", line,
+            1 / epochs)
+    return report
+
+
+def outcome(run, result):
+    """The line on a finished run."""
+    if result["diverged_at_epoch"] is not None:
+        return f"{run.label}: DIVERGED at epoch {result['diverged_at_epoch']}"
+    where = f" (epoch {result['epoch']})" if "epoch" in result else ""
+    if result.get("penalty_is_outermost"):
+        where = f" (penalty {result['penalty']:g} is at an end of the grid: widen `penalties` in presets.yaml)"
+    return f"{run.label}: test error {100 * result['test_ensemble_error']:.2f} %{where}"
+
+
+def print_plan(args, block, data, runs, seconds, jobs, figures):
+    """Prints what is to do; of a dry run, by figure and by run. seconds: the cost of the runs to do, by path."""
+    def amount(some):
+        left = [seconds[run.path] for run in some if run.path in seconds]
+        return f"{len(left)} of {len(some)} runs to do, about {duration(sum(left) / jobs)}"
+
+    where, about = folders.machine(data.device)["device"], data.description
+    print(f"{runs[0].experiment}: {amount(runs)}\n  {jobs} at once on {where} ({data.device.type}), with "
+          f"{about['name']} ({about['source']}; {data.origin})", flush=True)
+    if args.threads > 1:
+        print(f"  {args.threads} threads per run: last digits differ from those of one thread")
+    if args.dry_run:
+        for name, figure in figures.items():
+            if some := [run for run in runs if (run.method, run.lam) in drawn(
+                    figure, run.configuration, block["configurations"][run.configuration])]:
+                print(f"  {name if name.startswith('table') else f'figure {name}'}: {amount(some)}")
+        for run in runs:
+            print(f"    {run.label}: {'to do' if run.path in seconds else 'finished'}")
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the docstring as it stands, and bad arguments refused in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise Refused(f"{message}; see --help")
+
+
+def argument(kind, rule):
+    """A type for argparse: a value of one kind that follows a rule (test, words)."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if rule[0](value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"'{text}' is not {rule[1]}")
+    return parse
+
+
+WHOLE = argument(int, COUNT)
+
+
+def parser(description):
+    """The flags that training and robustness.py share, with one meaning."""
+    p = Parser(description)
+    p.add_argument("--preset", help="a block of presets.yaml: paper, short, quick or smoke (default: short if torch "
+                   "can use a CUDA GPU, else quick)")
+    p.add_argument("--figure", nargs="+", metavar="F", help="only the runs of these figures and tables: 2, table2")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="only these configurations")
+    p.add_argument("--lambdas", nargs="+", type=argument(float, LAMBDA), metavar="L",
+                   help="only joint training, at these lambdas, numbers in [0, 1]")
+    p.add_argument("--trials", type=WHOLE, metavar="N", help="the first N trials")
+    p.add_argument("--data-dir", metavar="DIR", help="a folder with the real data (default: data/, then the system's "
+                   "package, then a download into data/)")
+    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+                   help="the folder of the run folders (default: results)")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
+    p.add_argument("--seed", type=argument(int, number(int, 0, 2**63 - 1, "a whole number of at least 0")), default=0,
+                   metavar="N", help="changes initial weights, order, bootstraps and dropped members, not the split")
+    p.add_argument("--jobs", type=WHOLE, metavar="N", help="train N runs at once (default: on a CPU one per core, as "
+                   "far as memory allows; on a GPU one)")
+    p.add_argument("--dry-run", action="store_true", help="print the runs and the time for those to do, and stop")
+    return p
+
+
+def training_parser(description):
+    """The flags of a training script."""
+    p = parser(description)
+    p.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+                   help=f"only these methods: {', '.join(METHODS)}")
+    p.add_argument("--epochs", type=WHOLE, metavar="N", help="the number of epochs")
+    p.add_argument("--data", choices=POLICIES, help="real: the real data, or stop; auto: the synthetic stand-in if the "
+                   "download takes more than 5 minutes; synthetic: the stand-in (default: the preset's)")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the preset's, e.g. "
+                   "bagging=resample, or CONFIGURATION.KEY=VALUE for one configuration")
+    p.add_argument("--tune", action="store_true", help="tune the learning rate of each configuration and lambda on "
+                   "validation error, as the authors did, and print the rates as presets.yaml takes them")
+    p.add_argument("--threads", type=WHOLE, default=1, metavar="N", help="threads per run (default: 1): one run ends "
+                   "sooner, a study later; last digits differ from those of one thread")
+    rule = (lambda x: len(x) == 2 and 0 <= x[0] < x[1], "I/N with I from 0 to N - 1, such as 0/4")
+    p.add_argument("--shard", type=argument(lambda text: tuple(map(int, text.split("/"))), rule), default=(0, 1),
+                   metavar="I/N", help="only part I, from 0, of N parts of the runs: for machines that share no folder")
+    p.add_argument("--eager", action="store_true", help="on CUDA, launch each step instead of replaying a captured one")
+    p.add_argument("--deterministic", action="store_true", help="on CUDA, only kernels that give the same numbers "
+                   "every time; on a CPU all do")
+    p.add_argument("--fetch", action="store_true", help="get the data and stop; exit status 3: the stand-in was taken")
+    return p
+
+
+def choose_device(name):
+    """The torch device for --device. Raises Refused if torch cannot use it.
+
+    On a CPU a run has one thread unless --threads says otherwise: no number depends on how many cores there are.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""         # processes that are forked must not meet a GPU
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: torch sees no usable CUDA GPU; use --device cpu, or install a driver that fits "
+                      f"torch {torch.__version__}")
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
+    torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32, in convolutions as well
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_preset(name, device):
+    """The preset, by default one that fits the device: `paper` takes weeks of a GPU and is asked for by name."""
+    return name or ("short" if device.type == "cuda" else "quick")
+
+
+def figure_names(words, figures):
+    """The names of figures as FIGURES has them: 2 or fig2 -> 2; table2."""
+    return [known(word.lower().removeprefix("fig"), figures, "figure or table") for word in words or []]
+
+
+def prepare(experiment, args):
+    """What the command line selects: the experiment's settings, its data and its runs."""
+    device = choose_device(args.device)
+    name = choose_preset(args.preset, device)
+    preset = load_preset(name)
+    block = experiment_settings(preset, name, experiment.name, args.set)
+    block |= {k: v for k in ("trials", "epochs") if (v := getattr(args, k))}
+    for word in args.only or []:
+        known(word, block["configurations"], "configuration")
+    figures, policy = figure_names(args.figure, experiment.figures), args.data or preset["data"]
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # PyTorch asks for one of two
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda" and (args.jobs or 1) > 1:
+        raise Refused(f"--jobs {args.jobs}: on a GPU one run trains at a time; for several GPUs start this command "
+                      "once for each, with CUDA_VISIBLE_DEVICES")
+    for c in block["configurations"].values():
+        if c.get("precision") == "auto":
+            c["precision"] = "bf16" if folders.bf16_is_fast(device) else "fp32"
+    if args.fetch:
+        data = folders.find_data(block["dataset"], policy, args.data_dir)
+        print(f"data: {block['dataset']}: {data.origin if data else 'the synthetic stand-in'}")
+        sys.exit(0 if data or policy == "synthetic" else 3)
+    refuse_contradictions(block, args)
+    data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
+    runs = list_runs(name, experiment, block, data.description, args.seed, args.only, args.lambdas, args.methods,
+                     figures)
+    with memory_told(runs[0]):
+        return block, data.to(device), shard(runs, *args.shard)
+
+
+def refuse_contradictions(block, args):
+    """Raises Refused if two settings contradict each other."""
+    if block["nesterov"] and not block["momentum"]:
+        raise Refused("nesterov needs momentum above 0: set momentum, or nesterov=false")
+    if args.tune and not block["validation"]:
+        raise Refused("--tune compares validation errors, and validation is 0: use --set validation=N")
+    if any("stacking" in (args.methods or c["methods"]) for c in block["configurations"].values()):
+        fitted = block["validation" if block["stacking"] == "validation" else "train"]
+        if fitted == 0:
+            raise Refused("stacking is to be fitted on the validation split, and validation is 0: use --set "
+                          "stacking=training, or --set validation=N")
+        if block["folds"] > (fitted or math.inf):
+            raise Refused(f"folds {block['folds']} is more than the {fitted} images that stacking is fitted on: lower "
+                          "folds")
+
+
+def train_study(experiment, args):
+    """What a training script does: trains the selected runs that are not in their folders yet."""
+    cores, results = torch.get_num_threads(), args.results
+    block, data, runs = prepare(experiment, args)
+    if args.tune:
+        runs = tuning_runs(runs, block["tune"])
+    to_do = [run for run in runs if to_be_done(run, results)]
+    seconds = estimate(experiment, to_do, data)
+    jobs = runs_at_once(experiment, to_do, data, args.jobs, max(1, cores // args.threads))
+    print_plan(args, block, data, runs, seconds, jobs, experiment.figures)
+    if args.dry_run:
+        return
+    folders.make_writable(results)
+    source = {(run.configuration, run.trial): run for run in runs       # of the members that are stacked
+              if (run.method, run.lam) == ("joint", 0)}
+
+    def ready(run):
+        return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial], results)
+
+    def work(say):
+        torch.set_num_threads(args.threads)
+        folders.run_missing(to_do, results, lambda run: say(run.path, 1, "", outcome(run, do_run(
+            experiment, run, data, results, told(run, say), args.eager))), ready)
+
+    with contextlib.closing(Progress(seconds, results, jobs)) as progress:
+        fast.in_processes(work, jobs, progress, (Refused, OSError))
+    if args.tune:
+        print_tuned(runs, results)
+
+
+def command_line(main):
+    """Runs a script's `main`; bad input becomes one line on stderr and exit status 2.
+
+    Ctrl-C and SIGTERM end it within a step, with exit status 130 and 143.
+    """
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    handler = signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                 # the reader of the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:                # a folder went away, or may not be read
+        print(f"error: {error}; finished runs are kept: give the same command again once this is mended",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print("\nstopped; finished runs are kept, and of the others all but the last minute or epoch: give the same "
+              "command again to go on", file=sys.stderr)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+    finally:
+        signal.signal(signal.SIGTERM, handler)

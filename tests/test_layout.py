@@ -1,0 +1,38 @@
+"""The modules import each other in one direction only, and each of them is short enough to read."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FILES = {path.stem: path for path in Path(__file__).resolve().parent.parent.glob("*.py")}
+TRAINING = ["train_mlp_fmnist", "train_densenet_cifar", "train_convnet_cifar"]
+MAY_IMPORT = {"fast": "", "common": "fast", "folders": "common", "study": "fast common folders",
+              **dict.fromkeys(TRAINING, "study common"), "robustness": "study common fast folders train_mlp_fmnist",
+              "finished": "study common folders robustness", "make_figures": "study common folders robustness finished",
+              "identities": "study common finished make_figures",
+              "claims": "study common folders finished make_figures identities",
+              "report": "study common folders finished make_figures claims"}
+
+
+def imported(name):
+    """The modules of this package that a module imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names & set(FILES)
+
+
+def test_the_arrows_point_one_way():
+    assert set(MAY_IMPORT) == set(FILES)
+    for name, allowed in MAY_IMPORT.items():
+        assert imported(name) <= set(allowed.split()), name
+    assert imported("robustness") == set(MAY_IMPORT["robustness"].split())      # `imported` finds what there is
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_has_at_most_750_lines(name):
+    assert len(FILES[name].read_text().splitlines()) <= 750
