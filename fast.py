@@ -4,6 +4,7 @@ Nothing here is needed to understand the paper: read common.py, which chooses in
 ("What runs") between a twin and its fast form.
 """
 
+import contextlib
 import itertools
 import math
 import multiprocessing.connection
@@ -186,15 +187,15 @@ def in_processes(work, count, say, expected):
     if count <= 1:
         work(say)
         return
-    context, workers, ends = multiprocessing.get_context("fork"), {}, {signal.SIGINT, signal.SIGTERM}
+    context, workers = multiprocessing.get_context("fork"), {}
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, ends)          # an exception while forking would be lost
-        for _ in range(count):
-            reader, writer = context.Pipe(duplex=False)
-            workers[reader] = context.Process(target=_in_process, args=(work, writer, expected), daemon=True)
-            workers[reader].start()
-            writer.close()                      # from here on the reader ends with the process
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        with _signals_held() as came:
+            for _ in range(count):
+                reader, writer = context.Pipe(duplex=False)
+                worker = context.Process(target=_in_process, args=(work, writer, expected, came), daemon=True)
+                worker.start()
+                workers[reader] = worker
+                writer.close()                  # from here on the reader ends with the process
         while workers:
             for reader in multiprocessing.connection.wait(list(workers)):
                 try:
@@ -214,17 +215,48 @@ def in_processes(work, count, say, expected):
         for worker in workers.values():
             worker.terminate()
         for worker in workers.values():
+            worker.join(5)
+            worker.kill()                       # if the signal was lost on it: what it leaves is as after a kill -9
             worker.join()
 
 
-def _in_process(work, writer, expected):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to all; the parent ends its children
+@contextlib.contextmanager
+def _signals_held():
+    """Holds Ctrl-C and SIGTERM back: Python drops an exception that is raised in the hooks of a fork.
+
+    A signal mask does not: the threads of a library take the signal, and Python runs its handler all the same.
+    """
+    came, handlers = [], {n: h for n in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(n))}
+    for number in handlers:
+        signal.signal(number, lambda *stop: came.append(stop))
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in came[:1]:
+        handlers[number](number, frame)
+
+
+def _in_process(work, writer, expected, came):
+    def ignore(number, frame):                          # (SIG_IGN complains of a signal that has just come)
+        pass
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, ignore)           # a second one, to all or of the parent, would disturb the end
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, ignore)                # Ctrl-C goes to all; the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        work(lambda *message: writer.send(message))
-    except expected as error:
-        writer.send(error)
+        signal.signal(signal.SIGTERM, stop)
+        if came:                                        # while this process was forked
+            raise KeyboardInterrupt
+        try:
+            work(lambda *message: writer.send(message))
+        except expected as error:
+            writer.send(error)
+        signal.signal(signal.SIGTERM, ignore)
     except KeyboardInterrupt:                           # SIGTERM, of the parent or of somebody else
         os._exit(128 + signal.SIGTERM)
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import study
 import claims
@@ -16,6 +17,7 @@ import robustness
 import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
+from finished import FinishedRuns
 
 import numpy as np
 import pytest
@@ -107,6 +109,19 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
             continue
         checked += 1
     assert checked >= 6
+
+
+def test_the_minutes_of_the_figures_are_those_of_expected_quick():
+    """Minutes of one core: the sum over the runs of expected/quick that a figure draws."""
+    seconds = {row["run"]: float(row["seconds"]) for row in csv_rows("quick/runs.csv")}
+    runs = FinishedRuns(Path("results"), "quick", "example")
+    rows = re.findall(r"^\| (Table )?(\d) \| `python train[^|]+ \| ([\d.]+) \|", README, re.M)
+    assert len(rows) == 9
+    for table, name, minutes in rows:
+        figure = f"table{name}" if table else name
+        paths = [Path("quick", *map(str, kind), f"trial{trial}").as_posix()
+                 for *kind, trial in runs.planned(figure) if not kind[0].startswith("robustness")]
+        assert minutes == f"{sum(seconds[path] for path in paths) / 60:.1f}", name
 
 
 # --- A study of one's own (docs/own-study.md) ----------------------------------------------------
