@@ -383,11 +383,14 @@ def test_the_report(empty, monkeypatch, tmp_path):
     ends = [float(end) for pair in re.findall(r"\[(.*?), (.*?)\]</td>", pages[1]) for end in pair]
     assert ends and all(0 <= end <= 100 for end in ends)
 
-    for kind in dict.fromkeys(asked("C2") + asked("C7") + asked("C10")):
-        made_up(full, kind, truth({"DN-Low joint-0": 26, "DN-High joint-1": {"early": [0, 0, 1]}}))
+    for kind in dict.fromkeys(asked("C2") + asked("C7")):
+        made_up(full, kind, truth({"DN-Low joint-0": 26}))
     rows = [row[-1] for row in report.printed_numbers(full, tables)]
     assert rows == 3 * ["within 0.5 points"] + ["apart"] + 17 * ["within 0.5 points"] + 3 * ["agrees"] + [
         "differs"] + 3 * ["agrees"] + ["differs"]
-    assert list(report.diagnosis(full))[-1] == [
+    early = empty()
+    for kind in dict.fromkeys([*asked("C10"), (DENSENET, "DN-High", "joint-0")]):
+        made_up(early, kind, truth({"DN-High joint-1": {"early": [0, 0, 1]}}))
+    assert list(report.diagnosis(early))[-1] == [
         "DN-High", "3", "10.0", "3 of 3", "2 of 3", "0.25", "3 of 3", "3 of 3", "3 of 3"]
     assert report.compared([10.0], 10.2, REDUCED, "")[-1] == "not compared: reduced"
