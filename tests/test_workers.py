@@ -77,7 +77,8 @@ def test_measurements_at_once_equal_those_one_after_the_other(tmp_path, script):
 
 
 def test_threads_per_run_share_the_cores(tmp_path):
-    done = command(tmp_path, "--only", "16x64H", "--trials", "1", "--lambdas", "0", "1", "--threads", "2", cores=2)
+    done = command(tmp_path, "--only", "16x64H", "--trials", "1", "--lambdas", "0", "1", "--epochs", "1",
+                   "--threads", "2", cores=2)
     assert trained(done) == ["16x64H lambda 0 trial 0", "16x64H lambda 1 trial 0"]
     assert "\n  1 at once on " in done.stdout and "2 threads per run: last digits differ" in done.stdout
     assert {folders.read_run(path.parent)["machine"]["threads"] for path in tmp_path.rglob("run.json")} == {2}
