@@ -23,6 +23,7 @@ import common
 import folders
 import identities
 import make_figures
+import presets
 from finished import CONVNET, DENSENET, MLP, joint, mean_and_error, trained, trained_in
 
 import numpy as np
@@ -446,7 +447,7 @@ EMPIRICAL = {function.__name__.upper(): function for function in (
 @functools.cache
 def paper_settings(experiment):
     """{(configuration, method): settings} of the paper's protocol on the real data."""
-    block = study.experiment_settings(study.load_preset("paper"), "paper", experiment) | {"trials": 1}
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment) | {"trials": 1}
     about = common.DATASETS[block["dataset"]].description
     return {(run.configuration, run.method_name): run.settings for run in study.list_runs(
         "paper", study.experiment_of(experiment), block, about)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import study
 import folders
+import presets
 import robustness
 from study import experiment_of
 from common import Refused
@@ -49,7 +50,7 @@ class FinishedRuns:
 
     def __init__(self, results, name, drop):
         self.results, self.name, self.drop = results, name, drop
-        self.preset, self.paper = study.load_preset(name), study.load_preset("paper")
+        self.preset, self.paper = presets.load_preset(name), presets.load_preset("paper")
         self.published = yaml.safe_load((folders.HERE / "published.yaml").read_text(encoding="utf-8"))
         self.whole_run = functools.cache(folders.whole_run)     # every file is checked once
         self.begin()
@@ -59,7 +60,7 @@ class FinishedRuns:
 
     def block(self, experiment, preset=None):
         """The settings of an experiment in this preset, or in another."""
-        return study.experiment_settings(preset or self.preset, self.name, experiment)
+        return presets.experiment_settings(preset or self.preset, self.name, experiment)
 
     # --- What a figure needs
 
@@ -171,7 +172,7 @@ class FinishedRuns:
         used = {path: record for path, record in self.used.items() if trained_in(record["experiment"]) == experiment}
         first, *_ = map(trained, used.values())
         for path, record in used.items():
-            keys = {"data", "seed", "precision", "padding", "batchnorm", *study.SHARED}
+            keys = {"data", "seed", "precision", "padding", "batchnorm", *presets.SHARED}
             if "independent" in (record["method"], next(iter(used.values()))["method"]):
                 keys -= {"weight_decay"}                # of its own
             self.refuse_difference(*({key: s.get(key) for key in keys} for s in (first, trained(record))), path)

@@ -6,13 +6,13 @@ checkpoint.pt and .lock.
 """
 
 import contextlib
+import copy
 import datetime
 import fcntl
 import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import platform
@@ -96,8 +96,8 @@ def find_data(name, policy, data_dir=None, may_download=True):
     if failure is None and (data := dataset.read(common.DATA_DIR)):
         return data
     if policy == "real":
-        raise Refused(f"{name} is not on disk and its download failed ({failure}). Three ways to get it: be online "
-                      f"and run this again; {dataset.ways}")
+        raise Refused(f"{name} is not on disk and its download failed ({failure}). To get it, be online and "
+                      f"run this again; {dataset.ways}")
     print(f"data: {name} is not on disk and its download failed ({failure}): --data auto takes the SYNTHETIC STAND-IN, "
           f"and every figure says so. For the real data: {dataset.ways}", flush=True)
     return None
@@ -371,22 +371,27 @@ class Checkpoint:
         if not self.path.is_file():
             return [], None
         content = self.path.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            return self.set_aside("damaged")
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         try:
-            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-                raise ValueError
             state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-            states = [state["parts"][name] for name in parts]
-        except (ValueError, KeyError, pickle.UnpicklingError) as error:
-            why = "of another version" if isinstance(error, KeyError) else "damaged"
-            aside = self.path.with_name(f"damaged-{time.time_ns()}-{self.path.name}")
-            self.path.rename(aside)
-            print(f"{self.path} is {why}: it is set aside as {aside.name}, and the run begins anew", flush=True)
-            return [], None
-        refuse_other_settings(self.run, json.loads(state["settings"]), self.path)
-        self.began -= state["seconds"]
-        for part, there in zip(parts.values(), states, strict=True):
-            part.load_state_dict(there)
-        return state["history"], state["best"]
+            settings, seconds, history, best = (state[key] for key in ("settings", "seconds", "history", "best"))
+            refuse_other_settings(self.run, json.loads(settings), self.path)
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError):
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+            return self.set_aside("of another version")
+        self.began -= seconds
+        return history, best
+
+    def set_aside(self, why):
+        aside = self.path.with_name(f"damaged-{time.time_ns()}-{self.path.name}")
+        self.path.rename(aside)
+        print(f"{self.path} is {why}: it is set aside as {aside.name}, and the run begins anew", flush=True)
+        return [], None
 
 
 @contextlib.contextmanager
@@ -400,8 +405,12 @@ def lock(run, results):
         except BlockingIOError:
             yield False
             return
-        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-            yield False                 # another process finished with this file just now
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:                    # another process finished with this file just now
+            yield False
             return
         try:
             yield True
@@ -409,28 +418,29 @@ def lock(run, results):
             path.unlink(missing_ok=True)
 
 
-def run_missing(runs, results, do, ready=lambda run: True):
+def run_missing(runs, results, do, ready=lambda run: True, waiting=lambda: None):
     """do(run) for each run that is not finished, once it is ready; a damaged run is set aside first.
 
     Any number of processes may do so in one folder: each takes runs that no other has locked, and all end when every
-    run is finished.
+    run is finished. Calls waiting() now and then while other processes train what is left. Raises Refused if a run is
+    not ready and nobody trains what it needs.
     """
-    said = False
     while runs:
-        others = []
+        locked, unready = [], []
         for run in runs:
             if not ready(run):
-                others.append(run)
+                unready.append(run)
                 continue
             with lock(run, results) as mine:
                 if not mine:
-                    others.append(run)
+                    locked.append(run)
                 elif to_be_done(run, results):
                     set_aside(results / run.path)
                     do(run)
-        if others == runs:
-            if not said and not multiprocessing.parent_process():
-                print(f"waiting for {len(others)} runs that other processes train", flush=True)
-            said = True
+        if unready == runs:
+            raise Refused(f"{unready[0].label} needs a run that is not finished and that nobody trains: give the same "
+                          "command again")
+        if len(locked) + len(unready) == len(runs):
+            waiting()
             time.sleep(0.5)
-        runs = others
+        runs = locked + unready

@@ -6,9 +6,9 @@ computation shows it wrong and its corrected form right.
 
 from dataclasses import dataclass
 
-import study
 import common
 import make_figures
+import presets
 from finished import CONVNET
 
 import torch
@@ -194,7 +194,7 @@ def e2():
 
 
 def e3():
-    paper = study.experiment_settings(study.load_preset("paper"), "paper", CONVNET)
+    paper = presets.experiment_settings(presets.load_preset("paper"), "paper", CONVNET)
     c = paper["configurations"]["ConvNet-0.07M"]
     count = make_figures.parameters(CONVNET, c) / c["members"]
     yield Exact(f"{count:,.0f} parameters: distance from 0.07M beyond rounding, sign changed",

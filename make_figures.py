@@ -251,8 +251,10 @@ def fig5(runs):
     rows, shown = [], {}
     for method in sides:
         for record, history in runs.histories(CONVNET, configuration, method):
-            folder = runs.results / runs.name / CONVNET / configuration / method
-            filters = first_layer(folder / f"trial{record['trial']}", record)
+            folder = runs.results / runs.name / CONVNET / configuration / method / f"trial{record['trial']}"
+            if not (folder / "weights.pt").exists():
+                continue
+            filters = first_layer(folder, record)
             norms = filters.flatten(1).norm(dim=1).tolist()
             own = [{"configuration": configuration, "method": method, "trial": record["trial"],
                     "member": m + 1, "filter_norm": norm, "relative_filter_norm": norm / max(norms),
@@ -266,7 +268,7 @@ def fig5(runs):
         image, bars = axes[:, column]
         image.set_axis_off()
         if method not in shown:
-            image.set_title(f"{title}: not run", fontsize=8)
+            image.set_title(f"{title}:\nno run with weights", fontsize=8)
             continue
         record, filters, own = shown[method]
         members = len(filters)

@@ -20,6 +20,7 @@ import study
 import common
 import fast
 import folders
+import presets
 import train_mlp_fmnist
 
 import numpy as np
@@ -91,7 +92,7 @@ def robustness_run(record, folder, drop, repeats, seed):
 
 def data_of(record, folder, data_dir):
     """The data that a run was trained on. Raises Refused if other data is found."""
-    s = record["settings"]
+    s, _ = record["settings"], study.experiment_of(record["experiment"])       # which may declare a data set of its own
     data = folders.load_data(s["dataset"], s["data"]["source"], s, data_dir)
     if other := folders.difference(s["data"], data.description):
         raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]} there and {other[2]} here; "
@@ -126,9 +127,9 @@ def main():
     args, cores = p.parse_args(), torch.get_num_threads()
     device = study.choose_device(args.device)
     preset = study.choose_preset(args.preset, device)
-    blocks = study.load_preset(preset)
+    blocks = presets.load_preset(preset)
     for word in args.only or []:
-        study.known(word, [key for block in blocks.values() if isinstance(block, dict)
+        presets.known(word, [key for block in blocks.values() if isinstance(block, dict)
                            for key in block.get("configurations", [])], "configuration")
     trained = list(trained_runs(preset, args))
     if not trained:
@@ -153,7 +154,7 @@ def main():
             if which not in loaded:
                 loaded[which] = data_of(record, folder, args.data_dir).to(device)
             say(run.path, 1, "", measure(run, record, folder, loaded[which], args.results))
-        folders.run_missing(to_do, args.results, do)
+        folders.run_missing(to_do, args.results, do, waiting=lambda: say(None, 0, ""))
 
     jobs = min(args.jobs or (cores if device.type == "cpu" else 1), len(to_do))
     progress = study.Progress({run.path: 1.0 for run in to_do}, args.results, max(1, jobs))

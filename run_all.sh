@@ -94,10 +94,10 @@ fi
 
 asked=${what:+as asked}
 what=$("$python" - "$what" "$device" <<'PYTHON'
-import study, sys
+import study, presets, sys
 def main():
-    study.known(sys.argv[2], ("auto", "cpu", "cuda"), "value of --device")
-    study.load_preset(sys.argv[1] or "paper")
+    presets.known(sys.argv[2], ("auto", "cpu", "cuda"), "value of --device")
+    presets.load_preset(sys.argv[1] or "paper")
     print(study.choose_preset(sys.argv[1], study.choose_device(sys.argv[2])))
 study.command_line(main)
 PYTHON

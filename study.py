@@ -1,6 +1,6 @@
-"""The machinery: presets -> runs -> one run -> plan and progress -> command line. No science here.
+"""The machinery: runs -> one run -> plan and progress -> command line. No science here.
 
-A run is configuration x method x trial; folders.py keeps what it leaves behind.
+A run is configuration x method x trial: presets.py reads its settings, folders.py keeps what it leaves behind.
 """
 
 import sys
@@ -13,7 +13,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 (someone will try)
 import argparse
 import collections
 import contextlib
-import difflib
 import hashlib
 import importlib
 import math
@@ -29,140 +28,19 @@ try:
     import common
     import fast
     import folders
+    import presets
     from common import Refused
-    from folders import HERE, to_be_done
+    from folders import to_be_done
+    from presets import CONFIGURATION, COUNT, METHODS, SHARED, known
 
     import numpy as np
     import torch
-    import yaml
 except (ImportError, RuntimeError, OSError) as error:       # RuntimeError: torch and torchvision of two releases
     pair = "; torch and torchvision are not of one release pair" if "torchvision::" in str(error) else ""
     print(f"error: the packages cannot be imported ({str(error).splitlines()[0]}){pair}: `pip install -r "
           "requirements.txt`; or `bash run_all.sh`, which makes a .venv, and then `. .venv/bin/activate`",
           file=sys.stderr)
     sys.exit(2)
-
-
-def known(word, words, what):
-    """`word` if it is one of `words`; otherwise a refusal that names the nearest of them."""
-    if word in (words := [str(w) for w in words]):
-        return word
-    close = difflib.get_close_matches(str(word), words, 1, 0.3)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise Refused(f"unknown {what} '{word}': expected one of {', '.join(words)}{hint}")
-
-
-# --- Presets -------------------------------------------------------------------------------------
-
-METHODS = ("joint", "independent", "bagging", "stacking")
-POLICIES = ("real", "auto", "synthetic")
-MOST, REAL = 1_000_000, (int, float)    # the largest count; the types of a real number
-
-
-def number(kind, low, high, words):
-    """A rule (test, words) for a number of one kind in [low, high]; true and false are not numbers."""
-    return lambda x: isinstance(x, kind) and not isinstance(x, bool) and low <= x <= high, words
-
-
-def one_of(words):
-    return lambda x: isinstance(x, str) and x in words, "one of " + ", ".join(words)
-
-
-COUNT = number(int, 1, MOST, f"a whole number of at least 1, at most {MOST}")
-FRACTION, RATE = number(REAL, 0, 1, "a number in [0, 1]"), number(REAL, 1e-30, 1e30, "a number above 0")
-LAMBDA = (lambda x: FRACTION[0](x) and float(f"{x:g}") == x, "a number in [0, 1] of at most six digits")
-SWITCH = (lambda x: isinstance(x, bool), "true or false")
-RATES = (lambda x: isinstance(x, dict) and all(map(LAMBDA[0], x)) and max(x, default=0) == 1
-         and all(map(RATE[0], x.values())), "learning rates per range of lambda, the last of them for 1")
-COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for all")
-SHARED = {      # the settings that every run of an experiment has, and the rule of each
-    "dataset": one_of(common.DATASETS), "epochs": COUNT, "train": COUNT_OR_ALL, "test": COUNT_OR_ALL, "batch": COUNT,
-    "validation": number(int, 0, MOST, f"a whole number of at least 0, at most {MOST}"), "augment": SWITCH,
-    "momentum": number(REAL, 0, 0.999999, "a number in [0, 1)"), "nesterov": SWITCH,
-    "weight_decay": number(REAL, 0, 1e30, "a number of at least 0"),
-    "decay": number(REAL, 1e-6, 1 - 1e-6, "a share of the epochs, above 0 and below 1 (the end)")}
-OTHERS = {      # the rest of an experiment's block
-    "trials": COUNT, "tune": RATE, "bagging": one_of(("weights", "resample")), "penalties": RATE,
-    "stacking": one_of(("validation", "training")), "folds": number(int, 2, MOST, "a whole number of at least 2")}
-CONFIGURATION = {"members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA}
-NETWORK = {     # of the networks; another key must have the type that it has in the block `paper`
-    **dict.fromkeys(("hidden", "depth", "growth", "filters", "strides"), COUNT), "batchnorm": SWITCH,
-    "padding": number(int, 0, 1, "0 or 1"), "precision": one_of(("fp32", "bf16", "auto"))}
-RULES = SHARED | OTHERS | CONFIGURATION | NETWORK | {"data": one_of(POLICIES), "repeats": COUNT}
-
-
-def check(key, value, like, where):
-    """Raises Refused unless a value follows the rule of its key, or, without a rule, has the type of `like`."""
-    test, words = RULES.get(key, (lambda x: type(x) is type(like), f"a {type(like).__name__}"))
-    values, empty = [value], key in ("decay", "weights")
-    if isinstance(like, list):
-        words = f"a list{'' if empty else ', not empty'}, each entry {words}"
-        values = value if isinstance(value, list) and (value or empty) else [math.nan]
-    if not all(map(test, values)):
-        raise Refused(f"{where}: {repr(value)[:60]} is not {words}")
-
-
-def merge(base, changes, where):
-    """`base` with the values of `changes`: only keys that `base` has, each value by its rule."""
-    if not isinstance(changes, dict):
-        raise Refused(f"presets.yaml: {where} is {repr(changes)[:60]}: expected a block of settings")
-    merged = dict(base)
-    for key, value in changes.items():
-        old = base[known(key, base, f"key in presets.yaml, {where}")]
-        if isinstance(old, dict) and key != "lr":
-            merged[key] = merge(old, value, f"{where}.{key}")
-        else:
-            check(key, value, old, f"presets.yaml, {where}.{key}")
-            merged[key] = value
-    return merged
-
-
-def load_preset(name, path=HERE / "presets.yaml"):
-    """The block `paper` of presets.yaml with the changes of another block. `paper` is the schema."""
-    try:
-        presets = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise Refused(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(presets, dict) or not isinstance(presets.get("paper"), dict):
-        raise Refused(f"{path.name}: expected a block `paper` that the other presets change")
-    paper = merge(presets["paper"], presets["paper"], "paper")
-    return merge(paper, presets[known(name, presets, "preset")], name)
-
-
-def experiment_settings(preset, name, experiment, changes=()):
-    """The block of one experiment in a preset; each configuration has every setting of its own.
-
-    `changes` are those of --set: KEY=VALUE for all configurations, or CONFIGURATION.KEY=VALUE.
-    """
-    if experiment not in preset:
-        raise Refused(f"presets.yaml: {name} has no block '{experiment}'")
-    block = dict(preset[experiment])
-    configurations = block.pop("configurations", {})
-    shared = {key: block.pop(key) for key in list(block) if key not in SHARED | OTHERS}
-    block["configurations"] = {each: shared | own for each, own in configurations.items()}
-    for change in changes:
-        set_value(block, change)
-    for each in block["configurations"].values():
-        for key in [*SHARED, *OTHERS, *CONFIGURATION]:
-            if key not in (each if key in CONFIGURATION else block):
-                raise Refused(f"presets.yaml: {name}.{experiment}: {key} is missing")
-    return block
-
-
-def set_value(block, change):
-    """Makes one change of --set; its value is read as YAML."""
-    name, _, value = change.partition("=")
-    configuration, _, key = name.rpartition(".")
-    configurations = block["configurations"]
-    known(key, [*SHARED, *OTHERS, *{k: 0 for own in configurations.values() for k in own}], "key in --set")
-    if key in block and configuration:
-        raise Refused(f"--set {change}: {key} holds for all configurations; leave '{configuration}.' out")
-    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
-        value = yaml.safe_load(value)
-    chosen = [known(configuration, configurations, "configuration in --set")] if configuration else configurations
-    for target in [block] if key in block else [configurations[each] for each in chosen]:
-        check(key, value, target[key], f"--set {change}")
-        target[key] = value
 
 
 # --- Runs ----------------------------------------------------------------------------------------
@@ -472,26 +350,34 @@ class Progress:
         self.seconds, self.results, self.jobs, self.live = seconds, results, jobs, sys.stdout.isatty()
         self.running, self.worked = {}, 0.0       # path -> (share done, text); the cost of what was done here
         self.began, self.said = time.perf_counter(), 0.0
+        self.replaced = {path: self.written(path) for path in seconds}      # damaged runs, and those without weights
+
+    def written(self, path):
+        """When the run at `path` was finished, or None."""
+        with contextlib.suppress(OSError):
+            return (self.results / path / "run.json").stat().st_mtime_ns
 
     def __call__(self, path, done, text, line=None, step=1):
         """Of the run at `path` the share `done` is done, as `text` says, the last `step` of it here; no text: it ended.
 
-        `line` is to stay.
+        `line` is to stay. Without a path: a process waits for the runs of others.
         """
-        before = self.running.pop(path, (max(0, done - step), ""))[0]       # (a resumed run did not begin here)
-        self.worked += (done - before) * self.seconds[path]
-        if text:
-            self.running[path] = done, text
-        over = [other for other in self.seconds if (self.results / other / "run.json").exists()]
+        if path is not None:
+            before = self.running.pop(path, (max(0, done - step), ""))[0]       # (a resumed run did not begin here)
+            self.worked += (done - before) * self.seconds[path]
+            if text:
+                self.running[path] = done, text
+        over = [other for other in self.seconds if self.written(other) not in (None, self.replaced[other])]
         left = sum(self.seconds.values()) - sum(self.seconds[other] for other in over) - sum(
             share * self.seconds[other] for other, (share, _) in self.running.items() if other not in over)
         spent = time.perf_counter() - self.began
         left *= spent / self.worked if self.worked and spent > 5 else 1 / self.jobs
         head, tail = f"[{len(over)}/{len(self.seconds)}] ", f", about {duration(max(0, left))} left"
-        now = head + "; ".join(text for _, text in self.running.values()) + tail
+        now = head + ("; ".join(text for _, text in self.running.values())
+                      or "waiting for runs that other processes train") + tail
         if line:
             print("\r\033[K" * self.live + head + line + tail, flush=True)
-        if self.live and self.running:
+        if self.live and (self.running or path is None):
             print("\r\033[K" + now[:shutil.get_terminal_size().columns - 1], end="", flush=True)
         elif not self.live and not line and time.perf_counter() - self.said > 30:
             print(now, flush=True)
@@ -578,7 +464,7 @@ def parser(description):
                    "can use a CUDA GPU, else quick)")
     p.add_argument("--figure", nargs="+", metavar="F", help="only the runs of these figures and tables: 2, table2")
     p.add_argument("--only", nargs="+", metavar="NAME", help="only these configurations")
-    p.add_argument("--lambdas", nargs="+", type=argument(float, LAMBDA), metavar="L",
+    p.add_argument("--lambdas", nargs="+", type=argument(float, presets.LAMBDA), metavar="L",
                    help="only joint training, at these lambdas, numbers in [0, 1]")
     p.add_argument("--trials", type=WHOLE, metavar="N", help="the first N trials")
     p.add_argument("--data-dir", metavar="DIR", help="a folder with the real data (default: data/, then the system's "
@@ -586,8 +472,9 @@ def parser(description):
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
                    help="the folder of the run folders (default: results)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    p.add_argument("--seed", type=argument(int, number(int, 0, 2**63 - 1, "a whole number of at least 0")), default=0,
-                   metavar="N", help="changes initial weights, order, bootstraps and dropped members, not the split")
+    seed = presets.number(int, 0, 2**63 - 1, "a whole number of at least 0")
+    p.add_argument("--seed", type=argument(int, seed), default=0, metavar="N",
+                   help="changes initial weights, order, bootstraps and dropped members, not the split")
     p.add_argument("--jobs", type=WHOLE, metavar="N", help="train N runs at once (default: on a CPU one per core, as "
                    "far as memory allows; on a GPU one)")
     p.add_argument("--dry-run", action="store_true", help="print the runs and the time for those to do, and stop")
@@ -600,8 +487,8 @@ def training_parser(description):
     p.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
                    help=f"only these methods: {', '.join(METHODS)}")
     p.add_argument("--epochs", type=WHOLE, metavar="N", help="the number of epochs")
-    p.add_argument("--data", choices=POLICIES, help="real: the real data, or stop; auto: the synthetic stand-in if the "
-                   "download takes more than 5 minutes; synthetic: the stand-in (default: the preset's)")
+    p.add_argument("--data", choices=presets.POLICIES, help="real: the real data, or stop; auto: the stand-in if "
+                   "the download takes more than 5 minutes; synthetic: the stand-in (default: the preset's)")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the preset's, e.g. "
                    "bagging=resample, or CONFIGURATION.KEY=VALUE for one configuration")
     p.add_argument("--tune", action="store_true", help="tune the learning rate of each configuration and lambda on "
@@ -640,16 +527,16 @@ def choose_preset(name, device):
 
 
 def figure_names(words, figures):
-    """The names of figures as FIGURES has them: 2 or fig2 -> 2; table2."""
-    return [known(word.lower().removeprefix("fig"), figures, "figure or table") for word in words or []]
+    """The names of figures as FIGURES has them: 2, fig2 or figure2 -> 2; table2."""
+    return [known(re.sub("^fig(ure)?", "", word.lower()) or word, figures, "figure or table") for word in words or []]
 
 
 def prepare(experiment, args):
     """What the command line selects: the experiment's settings, its data and its runs."""
     device = choose_device(args.device)
     name = choose_preset(args.preset, device)
-    preset = load_preset(name)
-    block = experiment_settings(preset, name, experiment.name, args.set)
+    preset = presets.load_preset(name)
+    block = presets.experiment_settings(preset, name, experiment.name, args.set)
     block |= {k: v for k in ("trials", "epochs") if (v := getattr(args, k))}
     for word in args.only or []:
         known(word, block["configurations"], "configuration")
@@ -667,21 +554,25 @@ def prepare(experiment, args):
         data = folders.find_data(block["dataset"], policy, args.data_dir)
         print(f"data: {block['dataset']}: {data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
-    refuse_contradictions(block, args)
+
+    def runs(description):
+        return list_runs(name, experiment, block, description, args.seed, args.only, args.lambdas, args.methods,
+                         figures)
+
+    selected = runs(None)
+    refuse_contradictions(block, selected, args.tune)
     data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
-    runs = list_runs(name, experiment, block, data.description, args.seed, args.only, args.lambdas, args.methods,
-                     figures)
-    with memory_told(runs[0]):
-        return block, data.to(device), shard(runs, *args.shard)
+    with memory_told(selected[0]):
+        return block, data.to(device), shard(runs(data.description), *args.shard)
 
 
-def refuse_contradictions(block, args):
-    """Raises Refused if two settings contradict each other."""
+def refuse_contradictions(block, runs, tune):
+    """Raises Refused if two settings of the runs contradict each other."""
     if block["nesterov"] and not block["momentum"]:
         raise Refused("nesterov needs momentum above 0: set momentum, or nesterov=false")
-    if args.tune and not block["validation"]:
+    if tune and not block["validation"]:
         raise Refused("--tune compares validation errors, and validation is 0: use --set validation=N")
-    if any("stacking" in (args.methods or c["methods"]) for c in block["configurations"].values()):
+    if any(run.method == "stacking" for run in runs):
         fitted = block["validation" if block["stacking"] == "validation" else "train"]
         if fitted == 0:
             raise Refused("stacking is to be fitted on the validation split, and validation is 0: use --set "
@@ -711,9 +602,11 @@ def train_study(experiment, args):
         return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial], results)
 
     def work(say):
+        def do(run):
+            say(run.path, 1, "", outcome(run, do_run(experiment, run, data, results, told(run, say), args.eager)))
+
         torch.set_num_threads(args.threads)
-        folders.run_missing(to_do, results, lambda run: say(run.path, 1, "", outcome(run, do_run(
-            experiment, run, data, results, told(run, say), args.eager))), ready)
+        folders.run_missing(to_do, results, do, ready, lambda: say(None, 0, ""))
 
     with contextlib.closing(Progress(seconds, results, jobs)) as progress:
         fast.in_processes(work, jobs, progress, (Refused, OSError))

@@ -36,9 +36,9 @@ def convnet(filters, strides, padding, batchnorm, channels, classes):
 
 def build(settings, shape, classes, generator):
     filters, strides, padding = (settings[key] for key in ("filters", "strides", "padding"))
-    if len(filters) != len(strides):
-        raise Refused(f"a ConvNet with filters {filters} has strides {strides}: one stride per layer was expected in "
-                      "presets.yaml")
+    if not (isinstance(filters, list) and isinstance(strides, list) and len(filters) == len(strides)):
+        raise Refused(f"a ConvNet with filters {filters} has strides {strides}: two lists of one length, an entry per "
+                      "layer, were expected in presets.yaml")
     size = min(shape[1:])
     for stride in strides:
         size = (size + 2 * padding - 3) // stride + 1

@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import study
 import common
 import folders
+import presets
 import train_densenet_cifar
 
 import torch
@@ -486,7 +487,7 @@ def measure(ways, floor, device):
 
 def bench(experiment, configurations, device):
     """The rows of one experiment's configurations."""
-    block = study.experiment_settings(study.load_preset("paper"), "paper", experiment.name)
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment.name)
     block |= {"test": TEST[experiment.name]}
     data = folders.load_data(block["dataset"], "auto", block, may_download=False).to(device)
     mlps = experiment.name == "mlp_fmnist"
@@ -551,12 +552,12 @@ def main():
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     p.add_argument("--check", action="store_true", help="exit with status 1 if a ratio falls short")
     args = p.parse_args()
-    device, preset = study.choose_device(args.device), study.load_preset("paper")
+    device, preset = study.choose_device(args.device), presets.load_preset("paper")
     networks = {name: key for key in EXPERIMENTS for name in preset[key]["configurations"]
                 if name != "10xConvNet-0.29M"}          # 0.29M, but with fewer members
     names = args.only or (list(networks) if args.all else SHORT)
     for name in names:
-        study.known(name, networks, "configuration")
+        presets.known(name, networks, "configuration")
     if args.check and torchensemble is None:
         raise common.Refused("--check compares with TorchEnsemble, which is not installed: pip install -r "
                              "benchmarks/requirements.txt")

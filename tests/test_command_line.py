@@ -14,6 +14,7 @@ from pathlib import Path
 import study
 import common
 import folders
+import presets
 import robustness
 import train_convnet_cifar
 import train_densenet_cifar
@@ -84,10 +85,11 @@ def refused(outcome, *words):
     (DENSENET, "--set DN-High.batch=9", ["batch holds for all", "leave 'DN-High.' out"]),
     (DENSENET, "--set precision=fp16", ["precision=fp16", "fp32, bf16, auto"]),
     (DENSENET, "--set augment=maybe", ["augment=maybe", "true or false"]),
-    (DENSENET, "--set dataset=CIFAR", ["dataset=CIFAR", "CIFAR-100, CIFAR-10"]),
-    (DENSENET, "--set dataset=[1]", ["dataset=[1]", "CIFAR-100, CIFAR-10"]),
+    (DENSENET, "--set dataset=CIFAR", ["'CIFAR'", "CIFAR-100, CIFAR-10"]),
+    (DENSENET, "--set dataset=[1]", ["dataset=[1]", "the name of a data set"]),
     (DENSENET, "--set stacking=validation", ["validation is 0", "stacking=training"]),
-    (CONVNET, "--set ConvNet-0.29M.strides=[1,2]", ["strides [1, 2]", "one stride"]),
+    (CONVNET, "--set ConvNet-0.29M.strides=[1,2]", ["strides [1, 2]", "an entry per layer"]),
+    (CONVNET, "--set filters=8", ["filters=8", "is not a list"]),
     (CONVNET, "--set strides=[2,2,2,2,2,2,2] filters=[4,4,4,4,4,4,4]", ["32x32", "too small", "padding=1"]),
     (CONVNET, "--set padding=2", ["padding=2", "0 or 1"]),
     (CONVNET, "--set lr=0.1", ["lr=0.1", "per range of lambda"]),
@@ -130,6 +132,11 @@ def tiny(presets):
     (lambda p: p["paper"]["mlp_fmnist"].pop("batch"), ["batch is missing"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[0, 7]), ["mlp_fmnist.lambdas", "[0, 7]", "[0, 1]"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[]), ["lambdas", "[]", "not empty"]),
+    *((lambda p, key=key: p["paper"]["mlp_fmnist"].update({key: 1}), [key, "1 is not a list"])
+      for key in ("lambdas", "decay", "penalties", "tune")),
+    (lambda p: tiny(p).update(weights=0), ["256x4H.weights", "0 is not a list"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(weight_decay="1e-4"), ["'1e-4' is not a number", "write 1.0e-4"]),
+    (lambda p: p["paper"]["mlp_fmnist"].update(dataset="MNIST"), ["'MNIST'", "did you mean Fashion-MNIST?"]),
     (lambda p: p["quick"].update(data="fake"), ["'fake'", "real, auto, synthetic"]),
     (lambda p: p["quick"].update(mlp_fmnist=None), ["mlp_fmnist is None", "a block"]),
     (lambda p: p.update(quick=3), ["quick is 3", "a block"]),
@@ -141,12 +148,12 @@ def tiny(presets):
                 p["paper"]["mlp_fmnist"]["configurations"].values()], ["no run is left"]),
 ])
 def test_bad_presets(script, monkeypatch, tmp_path_factory, change, words):
-    presets, load_preset = yaml.safe_load((study.HERE / "presets.yaml").read_text()), study.load_preset
-    change(presets)
+    there, load_preset = yaml.safe_load((folders.HERE / "presets.yaml").read_text()), presets.load_preset
+    change(there)
     data = [] if "'fake'" in words else ["--data", "synthetic"]
     path = tmp_path_factory.mktemp("presets") / "presets.yaml"
-    path.write_text(yaml.safe_dump(presets))
-    monkeypatch.setattr(study, "load_preset", lambda name: load_preset(name, path))
+    path.write_text(yaml.safe_dump(there))
+    monkeypatch.setattr(presets, "load_preset", lambda name: load_preset(name, path))
     refused(script(MLP, "--preset", "quick", *data), *words)
 
 
@@ -154,27 +161,50 @@ DEEP = "[" * 20_000
 
 
 @pytest.mark.parametrize("content", [b"", b"- 1", b"paper: [", b"paper: 3", b"paper: {}", b"\xff\xfe\x00",
-                                     DEEP.encode(), b"paper: !!python/object/apply:os.getcwd []"])
+                                     DEEP.encode(), b"paper: !!python/object/apply:os.getcwd []",
+                                     b"paper: {mlp_fmnist: {epochs: 3, batch: 5, epochs: 200}}"])
 def test_a_presets_file_of_another_form(tmp_path, content):
     path = tmp_path / "presets.yaml"
     path.write_bytes(content)
     with pytest.raises(common.Refused, match=r"^[^\n]*preset[^\n]*$"):
-        study.load_preset("quick", path)
+        presets.load_preset("quick", path)
 
 
 @pytest.mark.parametrize("key", ["epochs", "validation", "momentum", "weight_decay", "lr", "lambdas", "penalties"])
 def test_hostile_values(tmp_path, key):
     """No value is taken for a number that is none, or has no sense, in --set and in presets.yaml."""
-    preset, path = study.load_preset("smoke"), tmp_path / "presets.yaml"
-    presets = (study.HERE / "presets.yaml").read_text() + "\nhostile:\n  mlp_fmnist:\n"
+    preset, path = presets.load_preset("smoke"), tmp_path / "presets.yaml"
+    text_of_paper = (folders.HERE / "presets.yaml").read_text() + "\nhostile:\n  mlp_fmnist:\n"
     for text in ("true", ".nan", ".inf", "[.nan]", "ten", "-1", "[-1]", "9" * 40, "{a: 1}", "{1: true}", "''", "null",
                  "!!python/object/apply:os.getcwd []", DEEP):
         with pytest.raises(common.Refused, match=rf"^--set {key}=[^\n]* is not [^\n]*$"):
-            study.experiment_settings(preset, "smoke", "mlp_fmnist", [f"{key}={text}"])
-        path.write_text(presets + (f"    {key}: {text}\n" if key != "lr" else
-                                   f"    configurations: {{256x4H: {{lr: {text}}}}}\n"))
+            presets.experiment_settings(preset, "smoke", "mlp_fmnist", [f"{key}={text}"])
+        path.write_text(text_of_paper + (f"    {key}: {text}\n" if key != "lr" else
+                                         f"    configurations: {{256x4H: {{lr: {text}}}}}\n"))
         with pytest.raises(common.Refused, match=r"^presets.yaml[^\n]* (is not|cannot be read)[^\n]*$"):
-            study.load_preset("hostile", path)
+            presets.load_preset("hostile", path)
+
+
+def test_a_key_twice_is_named(tmp_path):
+    path = tmp_path / "presets.yaml"
+    path.write_text("paper:\n  a: {epochs: 3, batch: 5, epochs: 200}\n")
+    with pytest.raises(common.Refused, match=r"the key epochs stands twice .*line 2"):
+        presets.load_preset("paper", path)
+
+
+@pytest.mark.parametrize("selection", ["--only 16x64H", "--figure 3", "--methods joint"])
+def test_settings_contradict_each_other_only_if_a_selected_run_has_both(script, selection):
+    every = MLP, "--preset", "smoke", "--dry-run", "--set", "validation=0"
+    assert script(*every, *selection.split())[0] == 0
+    refused(script(*every, "--figure", "2"), "stacking", "validation is 0")
+
+
+def test_a_data_set_of_one_experiment_concerns_no_other(monkeypatch, tmp_path):
+    there = yaml.safe_load((folders.HERE / "presets.yaml").read_text())
+    there["paper"]["mlp_fmnist"]["dataset"] = "mine"
+    (tmp_path / "presets.yaml").write_text(yaml.safe_dump(there))
+    preset = presets.load_preset("smoke", tmp_path / "presets.yaml")
+    assert presets.experiment_settings(preset, "smoke", "convnet_cifar")["dataset"] == "CIFAR-100"
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(script):
@@ -211,7 +241,7 @@ def test_python_or_packages_that_do_not_fit(tmp_path, module, content, words):
     else:
         code = f"import sys; sys.version_info = (3, 9, 1); sys.version = '3.9.1'; {code}"
         ast.parse(Path(study.__file__).read_text(), feature_version=(3, 8))     # an old Python comes as far as that
-    done = subprocess.run([sys.executable, "-c", code], cwd=study.HERE, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=folders.HERE, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     one_line((done.returncode, done.stdout, done.stderr), *words)
 
@@ -236,7 +266,7 @@ def selected(script, module, *arguments):
     (MLP, ["2"], ["1x1024H lambda 1", "256x4H lambda 0", "256x4H lambda 0.95", "256x4H lambda 1", "256x4H bagging",
                   "256x4H stacking"]),
     (MLP, ["7", "8"], [f"{name} lambda {lam}" for name in ("64x16H", "256x4H") for lam in (0, 0.99, 1)]),
-    (MLP, ["fig2", "--methods", "stacking"], ["256x4H lambda 0", "256x4H stacking"]),
+    (MLP, ["figure2", "--methods", "stacking"], ["256x4H lambda 0", "256x4H stacking"]),
     (DENSENET, ["Table2", "--only", "DN-Low"], [f"DN-Low {method}" for method in (
         "lambda 0", "lambda 0.5", "lambda 0.9", "lambda 1", "independent", "bagging", "stacking")]),
     (CONVNET, ["5"], ["10xConvNet-0.29M lambda 0", "10xConvNet-0.29M lambda 1"])])
@@ -246,7 +276,7 @@ def test_a_figure_selects_the_runs_that_it_draws(script, module, arguments, runs
 
 @pytest.mark.parametrize("module", TRAINING)
 def test_the_figures_name_runs_of_the_paper(module):
-    block = study.experiment_settings(study.load_preset("paper"), "paper", module.EXPERIMENT.name)
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", module.EXPERIMENT.name)
     for name, figure in module.FIGURES.items():
         for configuration, words in figure.items():
             drawn = study.drawn(figure, configuration, block["configurations"][configuration])
@@ -282,7 +312,7 @@ def test_tuning_prints_rates_as_presets_take_them(script):
     status, out, _ = script(MLP, *SMALL, "--lambdas", 0, 1, "--tune")
     assert status == 0, out
     rates, tried = yaml.safe_load(out.splitlines()[-1].removeprefix("16x64H: lr: ")), {0: {}, 1: {}}
-    study.check("lr", rates, {}, "printed")
+    presets.check("lr", rates, {}, "printed")
     for path in Path("results/smoke").glob("tune-lr*/**/run.json"):
         record = json.loads(path.read_text())
         tried[record["lambda"]][record["settings"]["lr"]] = record["result"]["validation_error"]

@@ -129,7 +129,9 @@ def test_checkpoints_are_a_minute_apart_and_count_the_time_before_them(data, tmp
 @pytest.mark.parametrize("alter, reason", [
     *((each, "damaged") for each in damage.args[1]),
     (lambda content: sealed({"settings": "{}", "weights": {}, "momenta": [], "lowest": 0.5}), "of another version"),
-    (lambda content: sealed(torch.load(io.BytesIO(content[:-32])) | {"best": Malice()}), "damaged")])
+    *((lambda content, key=key, value=value: sealed(torch.load(io.BytesIO(content[:-32])) | {key: value}),
+       "of another version") for key, value in (
+           ("best", Malice()), ("settings", 3), ("settings", "{"), ("parts", {}), ("parts", [])))])
 def test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(data, tmp_path, alter, reason, capsys,
                                                                        every_epoch):
     """And it is data, not code: `Malice` would end the tests."""
@@ -143,6 +145,18 @@ def test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(data, tmp
     assert f"{path} is {reason}: it is set aside as {aside.name}, and the run begins anew" in capsys.readouterr().out
     assert aside.read_bytes() == content
     equal("MLP", tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_checkpoint_of_another_network_leaves_the_new_one_as_it_was(data, tmp_path, capsys, every_epoch):
+    """The first layer fits and the second does not: nothing of the first stays."""
+    def other(content):
+        state = torch.load(io.BytesIO(content[:-32]))
+        weights = state["parts"]["ensemble"]
+        weights["hidden_weight"] += 1
+        weights["output_bias"] = torch.zeros(3)
+        return sealed(state)
+    test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(
+        data, tmp_path, other, "of another version", capsys, every_epoch)
 
 
 def sealed(state):

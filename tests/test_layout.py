@@ -7,11 +7,13 @@ import pytest
 
 FILES = {path.stem: path for path in Path(__file__).resolve().parent.parent.glob("*.py")}
 TRAINING = ["train_mlp_fmnist", "train_densenet_cifar", "train_convnet_cifar"]
-MAY_IMPORT = {"fast": "", "common": "fast", "folders": "common", "study": "fast common folders",
-              **dict.fromkeys(TRAINING, "study common"), "robustness": "study common fast folders train_mlp_fmnist",
-              "finished": "study common folders robustness", "make_figures": "study common folders robustness finished",
-              "identities": "study common finished make_figures",
-              "claims": "study common folders finished make_figures identities",
+MAY_IMPORT = {"fast": "", "common": "fast", "folders": "common", "presets": "common folders",
+              "study": "fast common folders presets", **dict.fromkeys(TRAINING, "study common"),
+              "robustness": "study presets common fast folders train_mlp_fmnist",
+              "finished": "study presets common folders robustness",
+              "make_figures": "study common folders robustness finished",
+              "identities": "presets common finished make_figures",
+              "claims": "study presets common folders finished make_figures identities",
               "report": "study common folders finished make_figures claims"}
 
 
@@ -27,7 +29,7 @@ def imported(name):
 
 
 def test_the_arrows_point_one_way():
-    assert set(MAY_IMPORT) == set(FILES)
+    assert set(MAY_IMPORT) <= set(FILES)                # a study of your own may add scripts
     for name, allowed in MAY_IMPORT.items():
         assert imported(name) <= set(allowed.split()), name
     assert imported("robustness") == set(MAY_IMPORT["robustness"].split())      # `imported` finds what there is

@@ -6,6 +6,7 @@ import math
 import study
 import common
 import folders
+import presets
 import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 def paper(name):
     """The configurations of an experiment in the paper's preset."""
-    return study.experiment_settings(study.load_preset("paper"), "paper", name)["configurations"]
+    return presets.experiment_settings(presets.load_preset("paper"), "paper", name)["configurations"]
 
 
 def count(network):

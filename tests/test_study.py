@@ -16,6 +16,7 @@ import claims
 import common
 import folders
 import make_figures
+import presets
 import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
@@ -508,6 +509,6 @@ def test_bad_arguments_of_make_figures(script, arguments, words):
 
 def test_common_is_what_every_table_counts():
     """Table 1's bytes are those that common counts for the batch of the paper."""
-    c = machinery.experiment_settings(machinery.load_preset("paper"), "paper", "densenet_cifar")
+    c = presets.experiment_settings(presets.load_preset("paper"), "paper", "densenet_cifar")
     settings = c["configurations"]["DN-High"] | {"batch": c["batch"]}
     assert common.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9

@@ -7,6 +7,7 @@ from dataclasses import replace
 import study
 import common
 import folders
+import presets
 import train_densenet_cifar
 import train_mlp_fmnist
 from train_mlp_fmnist import EXPERIMENT, build
@@ -290,7 +291,7 @@ def rates(monkeypatch, data, **changes):
     ("densenet_cifar", {1: 0.1, 150: 0.1, 151: 0.01, 225: 0.01, 226: 0.001, 300: 0.001}),
     ("convnet_cifar", {1: 0.1, 200: 0.1, 201: 0.01, 300: 0.01, 301: 0.001, 400: 0.001})])
 def test_the_learning_rate_of_each_epoch_is_the_papers(data, monkeypatch, name, expected):
-    block = study.experiment_settings(study.load_preset("paper"), "paper", name)
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", name)
     run, *_ = study.list_runs("paper", study.experiment_of(name), block, {}, lambdas=[0])
     found = rates(monkeypatch, data, **{key: run.settings[key] for key in ("lr", "epochs", "decay")})
     assert len(found) == max(expected) and found == sorted(found, reverse=True)

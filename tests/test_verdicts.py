@@ -17,6 +17,7 @@ import common
 import folders
 import identities
 import make_figures
+import presets
 import report
 from claims import EMPIRICAL, MET, NO_EVIDENCE, OPEN, PROTOCOL, REDUCED, REFUSED
 from finished import CONVNET, DENSENET, MLP, FinishedRuns, trained_in
@@ -63,7 +64,7 @@ def truth(changes=()):
 @functools.cache
 def planned(experiment):
     """{"configuration method": run of trial 0} of the block `paper`, on the real data."""
-    block = study.experiment_settings(study.load_preset("paper"), "paper", experiment) | {"trials": 1}
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment) | {"trials": 1}
     about = common.DATASETS[block["dataset"]].description
     return {f"{run.configuration} {run.method_name}": run for run in study.list_runs(
         "paper", study.experiment_of(experiment), block, about)}

@@ -14,6 +14,7 @@ from pathlib import Path
 import study
 import common
 import folders
+import presets
 import robustness
 import train_mlp_fmnist
 
@@ -96,22 +97,31 @@ def test_a_run_that_another_process_trains_is_passed_over_until_that_ends(script
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        passed = []
+        passed, began = [], time.perf_counter()
 
-        def nap(seconds):       # nothing else is left to do: the other process ends now
+        def nap(seconds):       # nothing else is left to do: half a minute later the other process ends
             passed.append(sorted(path.parent.parent.name for path in Path("results").rglob("run.json")))
-            lock.close()
+            monkeypatch.setattr(time, "perf_counter", lambda: began + 100)
+            if len(passed) == 2:
+                lock.close()
         monkeypatch.setattr(time, "sleep", nap)
         status, out, _ = script(train_mlp_fmnist, "--preset", "smoke", *SMALL)
-    assert status == 0 and passed == [["joint-1", "joint-1"]]       # neither lambda 0 nor its stacking
-    assert "waiting for 2 runs that other processes train" in out
+    assert status == 0 and passed == 2 * [["joint-1", "joint-1"]]   # neither lambda 0 nor its stacking
+    assert re.search(r"^\[2/4\] waiting for runs that other processes train, about", out, re.M)
     assert len(list(Path("results").rglob("run.json"))) == 4 and not list(Path("results").rglob(".lock"))
+
+
+def test_nobody_waits_for_a_run_that_nobody_trains(tmp_path):
+    """Stacking whose members were removed after the plan was made."""
+    run = study.Run("p", "e", "c", "stacking", 0.0, 0, {}, False)
+    with pytest.raises(common.Refused, match=r"^c stacking trial 0 needs a run that is not finished and that nobody"):
+        folders.run_missing([run], tmp_path, pytest.fail, ready=lambda run: False)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 500])
 def test_shards_are_the_study_and_share_nothing(parts):
     experiment = train_mlp_fmnist.EXPERIMENT
-    block = study.experiment_settings(study.load_preset("paper"), "paper", experiment.name)
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment.name)
     runs = study.list_runs("paper", experiment, block, {})
     shards = [study.shard(runs, part, parts) for part in range(parts)]
     assert sorted(run.path for shard in shards for run in shard) == sorted(run.path for run in runs)
@@ -190,7 +200,7 @@ def test_a_signal_that_comes_while_workers_are_forked_is_not_lost(tmp_path):
             "study.command_line(train_mlp_fmnist.main)")
     command = [sys.executable, "-c", code, *SCRIPT[2:], "--only", "16x64H", "--jobs", "2", "--epochs", "100000"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"PYTHONPATH": str(study.HERE)})
+                          env=os.environ | {"PYTHONPATH": str(folders.HERE)})
     assert done.returncode == 143 and done.stderr.startswith("\nstopped; ") and done.stderr.count("\n") == 2
 
 
@@ -256,6 +266,20 @@ def test_progress_in_a_log(tmp_path, clock, capsys):
     finish(tmp_path, "b")
     progress("b", 1, "", "b: test error 8 %")
     assert capsys.readouterr().out == "[3/3] b: test error 8 %, about 0 s left\n"
+
+
+def test_a_run_that_is_made_anew_counts_once_it_is_written(tmp_path, clock, capsys):
+    finish(tmp_path, "a")                           # damaged, or without the weights it must keep
+    progress = study.Progress({"a": 10.0, "b": 10.0}, tmp_path, jobs=1)
+    progress("a", 0.5, "a: epoch 1/2", step=0.5)
+    os.utime(tmp_path / "a" / "run.json", ns=(1, 1))
+    progress("a", 1, "", "a: test error 9 %")
+    progress(None, 0, "")                           # another process trains b
+    assert capsys.readouterr().out == "".join(f"{line} left\n" for line in (
+        "[0/2] a: epoch 1/2, about 15 s", "[1/2] a: test error 9 %, about 10 s"))
+    clock[0] += 31
+    progress(None, 0, "")
+    assert capsys.readouterr().out.startswith("[1/2] waiting for runs that other processes train, about ")
 
 
 def test_the_time_left_is_right(tmp_path, clock, capsys):
