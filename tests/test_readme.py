@@ -99,7 +99,7 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
     for what, _, ours, outcome in rows:
         if claim := re.match(r"(C\d+):", what):
             row = verdicts[claim[1]]
-            assert f"{float(row['mean'].split()[0]):.1f} points (n = {row['n']})" == ours
+            assert ours == f"ahead by {float(row['mean'].split()[0]):.1f} points (n = {row['n']})"
             assert outcome == row["outcome"], what
         elif "1x1024H" in what or "256x4H" in what:
             lam = re.search(r"λ = ([\d.]+)", what)
