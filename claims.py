@@ -12,7 +12,6 @@ one side of the margin.
 """
 
 import collections
-import functools
 import itertools
 import math
 import sys
@@ -23,7 +22,6 @@ import common
 import folders
 import identities
 import make_figures
-import presets
 from finished import CONVNET, DENSENET, MLP, joint, mean_and_error, trained, trained_in
 
 import numpy as np
@@ -34,7 +32,6 @@ MET, REFUSED, OPEN = "met", "refused", "open"
 WORDS = {PROTOCOL: ("reproduced", "not reproduced", "inconclusive"),
          REDUCED: ("trend seen", "trend not seen", "unclear")}
 TRIALS = 3              # that decide; fewer never do
-LEARNING = 0.8          # an ensemble learns if its test error is at most this share of the error of guessing
 T_QUANTILE = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216)    # 97.5 %, df 1 to 9
 
 # --- Statistics, and how they decide -------------------------------------------------------------
@@ -444,47 +441,19 @@ EMPIRICAL = {function.__name__.upper(): function for function in (
 # --- Scope and outcome ---------------------------------------------------------------------------
 
 
-@functools.cache
-def paper_settings(experiment):
-    """{(configuration, method): settings} of the paper's protocol on the real data."""
-    block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment) | {"trials": 1}
-    about = common.DATASETS[block["dataset"]].description
-    return {(run.configuration, run.method_name): run.settings for run in study.list_runs(
-        "paper", study.experiment_of(experiment), block, about)}
-
-
-def at_protocol(record, repeats):
-    """Is every setting but trial, seed and kept weights that of the block `paper`?"""
-    name = study.method_name(record["method"], record["lambda"])
-    theirs = paper_settings(trained_in(record["experiment"])).get((record["configuration"], name))
-    s = record["settings"]
-    measured = s.get("drop", "example") == "example" and s.get("repeats", repeats) == repeats
-    return theirs is not None and measured and trained(record) | {"seed": 0} == theirs | {"seed": 0}
-
-
-def error_share(record, folder):
-    """An ensemble's test error over that of guessing; 0 if it diverged, which gives no number."""
-    if record["result"].get("diverged_at_epoch") is not None:
-        return 0
-    error = record["result"].get("test_ensemble_error")
-    if error is None:                       # a robustness run: with all members
-        error = folders.load_history(folder)["error"].mean(0)[0]
-    return error / (1 - 1 / common.DATASETS[trained(record)["dataset"]].classes)
-
-
 def scope_of(part, runs):
     """(scope, reason) of a statistic, from the runs that were asked for since runs.begin()."""
     if not runs.used:
         return NO_EVIDENCE, "no run"
-    for folder, record in runs.used.items():
+    for record in runs.used.values():
         s, paper = trained(record), runs.block(trained_in(record["experiment"]), runs.paper)
         if s["data"]["source"] != "real" or s["dataset"] != paper["dataset"]:
             return NO_EVIDENCE, "stand-in data" if s["data"]["source"] == "synthetic" else "other data"
-        if error_share(record, folder) > LEARNING:
-            return NO_EVIDENCE, "at chance"
+    if runs.at_chance():
+        return NO_EVIDENCE, "at chance"
     if not part.n:
         return NO_EVIDENCE, "incomplete grid of λ" if part.whole_grid else part.lacking
-    exact = all(at_protocol(record, runs.paper["robustness"]["repeats"]) for record in runs.used.values())
+    exact = runs.at_protocol()
     if part.whole_grid:
         for name, configuration in {(trained_in(r["experiment"]), r["configuration"]) for r in runs.used.values()}:
             mine, theirs = (runs.block(name, preset)["configurations"][configuration]["lambdas"]

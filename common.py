@@ -606,61 +606,67 @@ def stack(ensemble, run, data):
     """Stacking: a linear combiner on the M*K logits of the members, which stay as they are.
 
     The combiner starts at plain averaging and is penalised, by squared distance, for leaving it. The penalty with the
-    lowest cross-validated cross entropy is taken. Returns the test scores of the combination, as an ensemble of one;
-    the penalties with their cross-validated losses; and the chosen penalty, and whether it lies at an end of the grid.
+    lowest cross-validated cross entropy is taken. The fits are in float64: the objective is so flat that rounding ends
+    a line search in float32 too early. Returns the test scores of the combination, as an ensemble of one; the penalties
+    with their cross-validated losses; and the chosen penalty, whether it lies at an end of the grid, and the number of
+    fits that did not converge.
     """
     s = run.settings
     training, validation = split(len(data.train_images), run.trial, s["validation"], s["train"])
-    fitted = (validation if s["stacking"] == "validation" else training).to(data.device)
-    x = predict(ensemble, data, data.train_images[fitted]).flatten(1)              # (n, M*K)
-    y = data.train_labels[fitted]
-    averaging = torch.eye(data.classes, device=data.device).repeat(1, s["members"]) / s["members"]
+    rows = (validation if s["stacking"] == "validation" else training).to(data.device)
+    x = predict(ensemble, data, data.train_images[rows]).flatten(1).double()       # (n, M*K)
+    y = data.train_labels[rows]
+    averaging = torch.eye(data.classes, device=data.device, dtype=x.dtype).repeat(1, s["members"]) / s["members"]
+    not_converged = 0
 
     def objective(step, bias, rows, penalty):
+        """The penalised cross entropy of averaging + step (K, M*K) and bias (K,) over the examples where rows is 1."""
         loss = F.cross_entropy(F.linear(x, averaging + step, bias), y, reduction="none")
         return (loss * rows).sum() / rows.sum() + penalty * step.square().sum()
 
-    def fit(step, bias, rows, penalty):
-        """Moves step (K, M*K) and bias (K,) towards the minimum over the examples where rows is 1.
+    def fit(start, rows, penalty):
+        """The step and the bias at the minimum: no entry of the gradient is above 1e-4 of the largest at averaging."""
+        nonlocal not_converged
+        # L-BFGS sees step and bias in units in which the objective curves about equally in all of them.
+        units = (2 * penalty + rows @ x.square() / rows.sum() / data.classes).rsqrt(), data.classes ** 0.5
+        scaled = [(value / unit).requires_grad_() for value, unit in zip(start, units, strict=True)]
 
-        It ends where no entry of the gradient exceeds 0.0015 of the largest at plain averaging.
-        """
-        optimizer = torch.optim.LBFGS([step, bias], max_iter=300, tolerance_grad=enough,
-                                      tolerance_change=0, line_search_fn="strong_wolfe")
+        def loss(at):
+            return objective(at[0] * units[0], at[1] * units[1], rows, penalty)
+
+        def steepest(at):
+            return max(slope.abs().max().item() for slope in torch.autograd.grad(loss(at), at))
 
         def closure():
             optimizer.zero_grad()
-            loss = objective(step, bias, rows, penalty)
-            loss.backward()
-            return loss
+            value = loss(scaled)
+            value.backward()
+            return value
+
+        enough = 1e-4 * steepest([torch.zeros_like(value, requires_grad=True) for value in scaled])
+        optimizer = torch.optim.LBFGS(scaled, max_iter=1000, tolerance_grad=enough, tolerance_change=0,
+                                      line_search_fn="strong_wolfe")
         optimizer.step(closure)
+        not_converged += not steepest(scaled) <= enough
+        return [value.detach() * unit for value, unit in zip(scaled, units, strict=True)]
 
-    def start():
-        return (torch.zeros_like(averaging, requires_grad=True),
-                torch.zeros(data.classes, device=data.device, requires_grad=True))
-
-    every = torch.ones(len(y), device=data.device)
-    step, bias = start()
-    (slope,) = torch.autograd.grad(objective(step, bias, every, 0), step)
-    enough = 0.0015 * slope.abs().max().item()
+    plain = torch.zeros_like(averaging), torch.zeros_like(averaging[:, 0])
     penalties = sorted(s["penalties"], reverse=True)        # from the strongest, each a warm start
     fold = torch.randperm(len(y), generator=run.generator("folds")).to(data.device) % s["folds"]
     losses = np.zeros(len(penalties))
     for k in range(s["folds"]):
-        step, bias = start()
+        fitted = plain
         for i, penalty in enumerate(penalties):
-            fit(step, bias, (fold != k).float(), penalty)
-            with torch.no_grad():
-                losses[i] += objective(step, bias, (fold == k).float(), 0).item() / s["folds"]
+            fitted = fit(fitted, (fold != k).to(x.dtype), penalty)
+            losses[i] += objective(*fitted, (fold == k).to(x.dtype), 0).item() / s["folds"]
     chosen = penalties[losses.argmin()]
-    step, bias = start()
-    fit(step, bias, every, chosen)
+    step, bias = fit(plain, torch.ones_like(x[:, 0]), chosen)
 
     test, targets = Scores(1, data.device), data.test_labels
     with torch.no_grad():
-        x = predict(ensemble, data, data.test_images).flatten(1)
+        x = predict(ensemble, data, data.test_images).flatten(1).double()
         logits = F.linear(x, averaging + step, bias).unsqueeze(1)                  # (N, 1, K)
         test.add(logits, targets, *evaluation_cross_entropies(logits, targets))
     return (test.summary(), {"penalty": penalties, "cross_validated_loss": losses},
-            {"penalty": chosen, "diverged_at_epoch": None, "penalty_is_outermost":
-             len(penalties) > 1 and chosen in (penalties[0], penalties[-1])})
+            {"penalty": chosen, "diverged_at_epoch": None, "fits_not_converged": not_converged,
+             "penalty_is_outermost": len(penalties) > 1 and chosen in (penalties[0], penalties[-1])})

@@ -3,11 +3,13 @@
 make_figures.py and claims.py read run folders through this file and no other.
 """
 
+import collections
 import functools
 import math
 from pathlib import Path
 
 import study
+import common
 import folders
 import presets
 import robustness
@@ -18,6 +20,9 @@ import numpy as np
 import yaml
 
 MLP, DENSENET, CONVNET = "mlp_fmnist", "densenet_cifar", "convnet_cifar"
+
+
+LEARNING = 0.8          # an ensemble learns if its test error is at most this share of the error of guessing
 
 
 def joint(lam):
@@ -34,6 +39,12 @@ def trained(record):
     return record["settings"].get("trained", record["settings"])
 
 
+def trials_of(counts):
+    """Numbers of trials as text: "3", or "1 to 3"."""
+    counts = [count for count in counts if count]
+    return " to ".join(str(count) for count in dict.fromkeys((min(counts, default=0), max(counts, default=0))))
+
+
 def mean_and_error(values, axis=None):
     """The mean over trials and its standard error (ddof 1; nan for a single trial)."""
     values = np.asarray(values, float)
@@ -43,6 +54,34 @@ def mean_and_error(values, axis=None):
     if n == 1:
         return values.mean(axis), np.full_like(values.mean(axis), math.nan)[()]
     return values.mean(axis), values.std(axis, ddof=1) / math.sqrt(n)
+
+
+@functools.cache
+def paper_settings(experiment):
+    """{(configuration, method): settings} of the paper's protocol on the real data."""
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment) | {"trials": 1}
+    about = common.DATASETS[block["dataset"]].description
+    return {(run.configuration, run.method_name): run.settings for run in study.list_runs(
+        "paper", study.experiment_of(experiment), block, about)}
+
+
+def at_protocol(record, repeats):
+    """Is every setting of a run but trial, seed and kept weights that of the block `paper`?"""
+    name = study.method_name(record["method"], record["lambda"])
+    theirs = paper_settings(trained_in(record["experiment"])).get((record["configuration"], name))
+    s = record["settings"]
+    measured = s.get("drop", "example") == "example" and s.get("repeats", repeats) == repeats
+    return theirs is not None and measured and trained(record) | {"seed": 0} == theirs | {"seed": 0}
+
+
+def error_share(record, folder):
+    """An ensemble's test error over that of guessing; 0 if it diverged, which gives no number."""
+    if record["result"].get("diverged_at_epoch") is not None:
+        return 0
+    error = record["result"].get("test_ensemble_error")
+    if error is None:                       # a robustness run: with all members
+        error = folders.load_history(folder)["error"].mean(0)[0]
+    return error / (1 - 1 / common.DATASETS[trained(record)["dataset"]].classes)
 
 
 class FinishedRuns:
@@ -153,22 +192,26 @@ class FinishedRuns:
 
     # --- What it was made from
 
-    def real(self):
-        """Only then are the paper's numbers drawn beside ours, and compared in a table."""
-        return all(trained(record)["data"]["source"] == "real" for record in self.used.values())
+    def at_protocol(self):
+        """Are all runs in use at the paper's protocol? Only then do the paper's numbers stand beside ours."""
+        return all(at_protocol(record, self.paper["robustness"]["repeats"]) for record in self.used.values())
+
+    def at_chance(self):
+        """Is an ensemble of the runs in use at the level of guessing?"""
+        return any(error_share(record, folder) > LEARNING for folder, record in self.used.items())
 
     def provenance(self):
         """Lines that say what was used. Raises Refused if runs of other settings are mixed."""
         if not self.used:
             return "computed from the definitions of the networks; nothing was trained for it"
-        lines = [line for experiment in dict.fromkeys(trained_in(record["experiment"]) for record in self.used.values())
-                 for line in self._provenance_of(experiment)]
+        data, reductions = zip(*(self._provenance_of(experiment) for experiment in dict.fromkeys(
+            trained_in(record["experiment"]) for record in self.used.values())), strict=True)
         devices, commits = (", ".join(sorted({str(record["machine"][key]) for record in self.used.values()}))
                             for key in ("device", "commit"))
-        return "\n".join([*lines, f"{devices} · commit {commits}"])
+        return "\n".join([*data, f"{devices} · commit {commits}", *filter(None, reductions)])
 
     def _provenance_of(self, experiment):
-        """A line on the data and the size of one experiment, and one on what was reduced, if something was."""
+        """A line on the data and the size of one experiment, and one on what was reduced, or ""."""
         used = {path: record for path, record in self.used.items() if trained_in(record["experiment"]) == experiment}
         first, *_ = map(trained, used.values())
         for path, record in used.items():
@@ -178,14 +221,14 @@ class FinishedRuns:
             self.refuse_difference(*({key: s.get(key) for key in keys} for s in (first, trained(record))), path)
         paper = self.block(experiment, self.paper)
         data = f"{first['data']['name']} (real)" if first["data"]["source"] == "real" else "SYNTHETIC STAND-IN DATA"
-        trials = len({record["trial"] for record in used.values()})
+        trials = trials_of(collections.Counter(path.parent for path in used).values())
         diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in used.values())
-        yield (f"{experiment}: {data} · preset {self.name}: {trials} trial{'s' * (trials != 1)}"
-               + (f" (paper: {paper['trials']})" if trials != paper["trials"] else "")
-               + (f", {first['precision']}" if "precision" in first else "")
-               + (f" · {diverged} diverged, left out of the means" if diverged else ""))
-        if text := "; ".join(reduced(paper, used.values())):
-            yield f"reduced: {text}"
+        text = "; ".join(reduced(paper, used.values()))
+        return (f"{experiment}: {data} · preset {self.name}: n = {trials}"
+                + (f" (paper: {paper['trials']})" if trials != str(paper["trials"]) else "")
+                + (f", {first['precision']}" if "precision" in first else "")
+                + (f" · {diverged} diverged, left out of the means" if diverged else ""),
+                text and f"{experiment}, reduced: {text}")
 
 
 def reduced(paper, records):

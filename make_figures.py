@@ -22,7 +22,7 @@ import common
 import folders
 import robustness
 from study import experiment_of
-from finished import CONVNET, DENSENET, MLP, FinishedRuns, joint, mean_and_error, trained, trained_in
+from finished import CONVNET, DENSENET, MLP, FinishedRuns, joint, mean_and_error, trained, trained_in, trials_of
 
 import matplotlib
 import numpy as np
@@ -31,10 +31,12 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+matplotlib.rcdefaults()             # whatever the user's own matplotlibrc has
 plt.rcParams.update({
-    "figure.figsize": (4.8, 3.5), "figure.constrained_layout.use": True,    # the paper's text width
-    "font.size": 9, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "pdf.fonttype": 42,
+    "figure.figsize": (4.8, 3.4), "figure.constrained_layout.use": True,    # the paper's text width
+    "font.size": 8, "legend.fontsize": 7, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.alpha": 0.3, "pdf.fonttype": 42, "legend.frameon": False,
 })
 # Okabe and Ito's colours, which colour-blind readers can tell apart; marker and dash tell them apart in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -84,15 +86,19 @@ def single_network(ax, runs, rows):
             ax.axhspan(mean - error, mean + error, color=GREY, alpha=0.2, linewidth=0)
 
 
+def n_of(rows):
+    """How many trials the rows of a figure have, for its title."""
+    return f"n = {trials_of(row['n'] for row in rows)}"
+
+
 def fig2(runs):
     """Fig. 2: one large network against the 256x4H ensemble, trained in five ways."""
     fig, ax = plt.subplots()
     methods = {"bagging": "Bagging", "stacking": "Stacking", "joint-0": "Independent\nλ = 0",
                "joint-1": "End-to-end\nλ = 1", "joint-0.95": "Joint\nλ = 0.95"}
     rows = [runs.point(MLP, "256x4H", method) for method in methods]
-    colours = [GREY, GREY, BLUE, ORANGE, GREEN]
     printed = runs.published["fig2"]["test_error_percent"]
-    for x, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+    for x, (row, colour) in enumerate(zip(rows, [GREY, GREY, BLUE, ORANGE, GREEN], strict=True)):
         row["published_percent"] = printed["256x4H"].get(row["method"], "")
         mean, error = percent(row)
         if row["n"]:
@@ -101,17 +107,15 @@ def fig2(runs):
                     color="white" if row["n"] else "black", fontweight="bold" if row["n"] else None)
     single_network(ax, runs, rows)
     rows[-1]["published_percent"] = printed["1x1024H"]["joint-1"]
-    if runs.real():
-        at = list(methods)
-        ax.plot([at.index(method) for method in printed["256x4H"]], printed["256x4H"].values(),
-                **PAPER, label="printed in the paper")
-        ax.axhline(printed["1x1024H"]["joint-1"], color="black", linewidth=0.8, linestyle=":",
-                   label=f"printed in the paper, 1x1024H ({printed['1x1024H']['joint-1']} %)")
-    ax.set_xticks(range(len(methods)), methods.values())
-    ax.set_xlim(-0.5, len(methods) - 0.5)
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.28)
+    if runs.at_protocol():
+        at = {method: x for x, method in enumerate(methods)}
+        ax.plot([*(at[method] for method in printed["256x4H"]), len(methods) - 0.2],
+                [*printed["256x4H"].values(), printed["1x1024H"]["joint-1"]], **PAPER, label="printed in the paper")
+    ax.set_xticks([*range(len(methods)), len(methods) - 0.2], [*methods.values(), "1x1024H\n(dashed)"])
+    ax.set_xlim(-0.5, len(methods) + 0.2)
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.2)
     ax.set_ylabel("test error (%)")
-    ax.set_title("256x4H ensembles and one large network", fontsize=9)
+    ax.set_title(f"256x4H ensembles and one large network, {n_of(rows)}")
     ax.grid(axis="x", visible=False)
     return fig, rows
 
@@ -132,51 +136,63 @@ def fig3(runs):
         own = row["configuration"] == "256x4H"
         row["published_percent"] = printed["256x4H"].get(row["method"], "") if own else ""
     rows[-1]["published_percent"] = printed["1x1024H"]["joint-1"]
-    if runs.real():
+    ax.set_ylim(ax.get_ylim())                              # from our runs alone
+    if runs.at_protocol():
         ax.plot([float(method.removeprefix("joint-")) for method in printed["256x4H"]],
                 printed["256x4H"].values(), **PAPER, label="256x4H, printed in the paper")
     lambda_axis(ax, sorted(every))
     ax.set_ylabel("test error (%)")
+    ax.set_title(f"Ensembles of 815,000 parameters, {n_of(rows)}")
     return fig, rows
 
 
 def robustness_figure(runs, configuration):
-    fig, ax = plt.subplots()
-    rows = []
-    for method, style in zip(("joint-0", "joint-0.99", "joint-1"), STYLES, strict=False):
+    """Test error against the share of members dropped: all of it, and up to 80 % where one point can be seen."""
+    fig, (whole, near) = plt.subplots(1, 2, figsize=(4.8, 3.1))
+    rows, flat = [], []
+    for (method, word), style in zip({"joint-0": ", independent", "joint-0.99": "", "joint-1": ", end-to-end"}.items(),
+                                     STYLES, strict=False):
         curves = runs.curves(configuration, method)
         if not curves:
             continue
         x = curves[0][0]
+        share = 100 * (x if runs.drop == "probability" else x / (x[-1] + 1))
         mean, error = mean_and_error([errors for _, errors in curves], 0)
-        ax.plot(x, mean, **style, markevery=max(1, len(x) // 12), markersize=4,
-                label=f"λ = {method.removeprefix('joint-')}")
-        ax.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
-        share = x if runs.drop == "probability" else x / (x[-1] + 1)
+        for ax in (whole, near):
+            ax.plot(share, mean, **style, markevery=max(1, len(x) // 12), markersize=4,
+                    label=f"λ = {method.removeprefix('joint-')}{word}")
+            ax.fill_between(share, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+        if method != "joint-1":
+            flat += mean[share <= 80].tolist()
         rows += [{"configuration": configuration, "method": method, "n": len(curves), "dropped": at,
-                  "dropped_percent": 100 * part, "test_error_percent": m, "standard_error": e}
+                  "dropped_percent": part, "test_error_percent": m, "standard_error": e}
                  for at, part, m, e in zip(x, share, mean, error, strict=True)]
-    ax.set_ylabel("test error (%)")
-    if runs.drop == "probability":
-        ax.set_xlabel("probability that a member is dropped")
-    elif rows:
-        members = 1 + max(row["dropped"] for row in rows)
-        ax.set_xlabel(f"members dropped of {members}, " + (
-            "at random for every test example" if runs.drop == "example" else "the same at random for all test "
-            "examples"))
-        top = ax.secondary_xaxis("top", functions=(lambda x: 100 * x / members, lambda x: x * members / 100))
-        top.set_xlabel("members dropped (%)")
-    ax.set_title(configuration, fontsize=9)
+    unit = "probability of a drop (%)" if runs.drop == "probability" else "members dropped (%)"
+    for ax in (whole, near):
+        ax.axvline(50, color="black", linewidth=0.8, linestyle=":", label="half of them" if ax is whole else None)
+        ax.set_xlabel(unit)
+    whole.set_ylabel("test error (%)")
+    near.set_xlim(-2, 80)
+    if flat:
+        low = math.floor(min(row["test_error_percent"] for row in rows))
+        near.set_ylim(low, max(low + 5, math.ceil(max(flat)) + 1))
+        near.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(max(1, round((near.get_ylim()[1] - low) / 8))))
+        members = runs.block(MLP)["configurations"][configuration]["members"]
+        how = {"example": "at random for every example", "set": "the same at random for all examples",
+               "probability": "each with a probability"}[runs.drop]
+        fig.legend(*whole.get_legend_handles_labels(), loc="outside upper center", ncols=4, columnspacing=1,
+                   title=f"{configuration}: {members} members, dropped {how}, {n_of(rows)}", title_fontsize=8)
+    near.set_title("up to 80 %, enlarged")
     return fig, rows
 
 
 def fig7(runs):
-    """Fig. 7: test error of 256x4H against the number of members dropped."""
+    """Fig. 7: test error of 256x4H against the share of members dropped."""
     return robustness_figure(runs, "256x4H")
 
 
 def fig8(runs):
-    """Fig. 8: test error of 64x16H against the number of members dropped."""
+    """Fig. 8: test error of 64x16H against the share of members dropped."""
     return robustness_figure(runs, "64x16H")
 
 
@@ -192,7 +208,7 @@ def fig9(runs):
     lambda_axis(ax, lambdas)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("test cross entropy (nats)")
-    ax.set_title("64x16H", fontsize=9)
+    ax.set_title(f"64x16H, {n_of(rows)}")
     return fig, rows
 
 
@@ -221,19 +237,20 @@ def fig4(runs):
     ax.set_xticks(sorted(every), [f"{lam:g}" for lam in sorted(every)])
     ax.set_xlabel("λ  (0: independent, 1: end-to-end)")
     ax.set_ylabel("test error (%)")
-    fig.legend(loc="outside upper center", ncols=3, frameon=False)
+    ax.set_title(f"Ensembles of 16 ConvNets, {n_of(rows)}")
+    fig.legend(loc="outside upper center", ncols=3)
     return fig, rows
 
 
 def filter_montage(filters, scale):
-    """Filters (M, F, C, 3, 3) as one image, a column for each member: grey is 0, scale is full."""
+    """Filters (M, F, C, 3, 3) as one image, two columns for each member: grey is 0, scale is full."""
     members, count, channels = filters.shape[:3]
-    tiles = np.ones((count * 4 + 1, members * 4 + 1, 3))
+    tiles = np.ones(((count + 1) // 2 * 4 + 1, members * 9 + 1, 3))
     for m in range(members):
         for f in range(count):
             patch = (0.5 + filters[m, f] / (2 * scale)).transpose(1, 2, 0)
-            tiles[4 * f + 1:4 * f + 4, 4 * m + 1:4 * m + 4] = patch if channels == 3 else (
-                patch.mean(2, keepdims=True))
+            y, x = 4 * (f // 2) + 1, 9 * m + 1 + 4 * (f % 2)
+            tiles[y:y + 3, x:x + 3] = patch if channels == 3 else patch.mean(2, keepdims=True)
     return tiles.clip(0, 1)
 
 
@@ -247,7 +264,6 @@ def fig5(runs):
     """Fig. 5: first-layer filters of ten ConvNets, independent and end-to-end, to one scale."""
     configuration = "10xConvNet-0.29M"
     sides = {"joint-0": "independent, λ = 0", "joint-1": "end-to-end, λ = 1"}
-    fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.2), height_ratios=[3.4, 1], sharey="row", squeeze=False)
     rows, shown = [], {}
     for method in sides:
         for record, history in runs.histories(CONVNET, configuration, method):
@@ -261,29 +277,25 @@ def fig5(runs):
                     "relative_distance_from_initial_weights": float(history["member_distance"][m])}
                    for m, norm in enumerate(norms)]
             rows += own
-            if method not in shown:                                     # the first trial is drawn
-                shown[method] = record, filters.numpy(), own
-    scale = max((np.abs(filters).max() for _, filters, _ in shown.values()), default=1)
-    for column, (method, title) in enumerate(sides.items()):
-        image, bars = axes[:, column]
-        image.set_axis_off()
-        if method not in shown:
-            image.set_title(f"{title}:\nno run with weights", fontsize=8)
-            continue
-        record, filters, own = shown[method]
-        members = len(filters)
+            shown.setdefault(method, (record, filters.numpy(), own))        # the first trial is drawn
+    fig, axes = plt.subplots(3, max(1, len(shown)), figsize=(4.8, 5), height_ratios=[3, 1, 1], sharex="col",
+                             sharey="row", squeeze=False)
+    # Full black and white belong to the largest in 200: one filter of a strong member would leave all others grey.
+    scale = np.quantile(np.abs([filters for _, filters, _ in shown.values()]), 0.995) if shown else 1
+    for column, (method, (record, filters, own)) in zip(axes.T, shown.items(), strict=False):
+        x, (image, norms, distances) = np.arange(1, len(filters) + 1), column
         image.imshow(filter_montage(filters, scale), aspect="auto", interpolation="nearest",
-                     extent=(-0.5, members - 0.5, 0, 1))
-        image.set_title(f"{title}\ntest error {100 * record['result']['test_ensemble_error']:.1f} %", fontsize=8)
-        x = np.arange(members)
-        bars.bar(x - 0.2, [row["filter_norm"] for row in own], 0.4, color=BLUE,
-                 label="norm of the member's first-layer filters")
-        bars.bar(x + 0.2, [row["relative_distance_from_initial_weights"] for row in own], 0.4,
-                 color=ORANGE, label="its distance from its initial weights, over their norm")
-        bars.set_xticks(x, x + 1)
-        bars.set_xlabel(f"member (trial {record['trial']})")
-    axes[1, 0].set_ylabel("norm, relative distance")
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+                     extent=(0.5, len(filters) + 0.5, 0, 1))
+        image.set_title(f"{sides[method]}\ntest error {100 * record['result']['test_ensemble_error']:.1f} %, "
+                        f"trial {record['trial']}")
+        image.set_axis_off()
+        norms.bar(x, [row["filter_norm"] for row in own], 0.7, color=BLUE)
+        distances.bar(x, [row["relative_distance_from_initial_weights"] for row in own], 0.7, color=ORANGE)
+        distances.set_xticks(x, x)
+        distances.set_xlabel("member")
+    axes[0, 0].set_ylim(0, 1)
+    axes[1, 0].set_ylabel("norm of\nthe filters", fontsize=7)
+    axes[2, 0].set_ylabel("relative distance\nfrom the start", fontsize=7)
     return fig, rows
 
 
@@ -310,73 +322,80 @@ def dominance(record, history):
     return row
 
 
+def spread(ax, x, members, mark=""):
+    """Errors of members, an array (M,) for each x: a mark or a line for each member, or of more than 20 two bands."""
+    if len(members[0]) > 20:
+        for low, high, alpha in ((0.05, 0.95, 0.2), (0.25, 0.75, 0.35)):
+            ends = np.transpose([np.quantile(some, (low, high)) for some in members])
+            ax.fill_between(x, *ends, color=GREY, alpha=alpha, linewidth=0)
+    elif mark:
+        for at, some in zip(x, members, strict=True):
+            ax.plot(np.full(len(some), at), some, mark, color=GREY, alpha=0.7, markersize=9)
+    else:
+        ax.plot(x, members, color=GREY, alpha=0.7, linewidth=0.8)
+
+
 def fig6(runs):
     """Fig. 6: errors of the ensemble and of every member, at the end and epoch by epoch."""
-    fig, axes = plt.subplots(2, 4, figsize=(10, 5.2))
-    rows, numbers = [], []
-    for line, (experiment, configuration) in zip(axes, ((DENSENET, "DN-High"), (MLP, "256x4H")), strict=True):
-        lambdas, ends, last = runs.lambdas(experiment, configuration), [], []
-        for lam in lambdas:
-            found = runs.histories(experiment, configuration, joint(lam))
-            numbers += [dominance(*one) for one in found if one[0]["settings"]["members"] > 1]
-            for record, history in found:
-                at = record["result"]["epoch"] - 1
-                ends.append((lam, record["trial"], (history["train_ensemble_error"][at],
-                                                    history["train_member_error"][at]),
-                             (record["result"]["test_ensemble_error"], history["reported_test_member_error"])))
-            last = found if lam == 1 else last
-        for part, ax in enumerate(line[:2]):
-            ax.set_title(f"{configuration}: {('training', 'test')[part]} error, end", fontsize=8)
-            for lam, trial, *scores in ends:
-                ensemble, members = scores[part]
-                ax.plot(np.full(len(members), lam), 100 * members, "_", color=GREY, alpha=0.5, markersize=9)
-                rows += error_rows(configuration, lam, trial, ("train", "test")[part], "end", ensemble, members)
-            at = sorted({lam for lam, *_ in ends})
-            means = [mean_and_error([100 * scores[part][0] for x, _, *scores in ends if x == lam]) for lam in at]
-            if at:
-                mean, error = zip(*means, strict=True)
-                ax.errorbar(at, mean, np.nan_to_num(error), **STYLES[0], markersize=4, capsize=2)
-            if experiment == MLP:
-                lambda_axis(ax, lambdas)
-                ax.tick_params("x", labelsize=6.5)
-            else:
-                ax.set_xticks(lambdas, [f"{lam:g}" for lam in lambdas], fontsize=6.5)
-            ax.set_xlabel("λ" if experiment != MLP else "λ (not to scale)")
-            ax.set_ylabel("error (%)")
-        if not ends:
-            for ax in line:
-                ax.annotate("not run", (0.5, 0.5), xycoords="axes fraction", ha="center")
-        block = last[0][0]["settings"] if last else runs.block(experiment)
-        held_out = "validation" if block["validation"] else "test"
-        for ax, part in zip(line[2:], ("train", held_out), strict=True):
-            ax.set_title(f"{configuration}: {'training' if part == 'train' else part} error, λ = 1", fontsize=8)
-            for record, history in last:
-                ensemble, members = history[f"{part}_ensemble_error"], history[f"{part}_member_error"]  # (epochs, M)
+    rows, numbers, drawn = [], [], []
+    for experiment, configuration in ((DENSENET, "DN-High"), (MLP, "256x4H")):
+        found = {lam: some for lam in runs.lambdas(experiment, configuration)
+                 if (some := runs.histories(experiment, configuration, joint(lam)))}
+        ends = {"training": {}, "test": {}}     # {lambda: (ensemble (trials,), members (trials, M))}
+        for lam, some in found.items():
+            numbers += [dominance(*one) for one in some if one[0]["settings"]["members"] > 1]
+            for part, key in (("training", "train"), ("test", "test")):
+                scores = [(history["train_ensemble_error"][record["result"]["epoch"] - 1],
+                           history["train_member_error"][record["result"]["epoch"] - 1]) if key == "train" else
+                          (record["result"]["test_ensemble_error"], history["reported_test_member_error"])
+                          for record, history in some]
+                for (record, _), (ensemble, members) in zip(some, scores, strict=True):
+                    rows += error_rows(configuration, lam, record["trial"], key, "end", ensemble, members)
+                ends[part][lam] = [100 * np.array(values) for values in zip(*scores, strict=True)]
+        if found:
+            drawn.append((experiment, configuration, "end", ends))
+        if found.get(1):
+            held_out = "validation" if found[1][0][0]["settings"]["validation"] else "test"
+            drawn.append((experiment, configuration, "epochs", {"training": found[1], held_out: found[1]}))
+    fig, axes = plt.subplots(max(1, len(drawn)), 2, figsize=(4.8, 0.6 + 1.75 * max(1, len(drawn))), sharey="row",
+                             squeeze=False)
+    for line, (experiment, configuration, kind, parts) in zip(axes, drawn, strict=False):
+        line[0].set_ylabel(f"{configuration}: error (%)")
+        for ax, (part, content) in zip(line, parts.items(), strict=True):
+            if kind == "end":
+                ax.set_title(f"{part} error at the end, "
+                             f"n = {trials_of(len(ensembles) for ensembles, _ in content.values())}")
+                spread(ax, list(content), [members.flatten() for _, members in content.values()], "_")
+                mean, error = zip(*(mean_and_error(ensembles) for ensembles, _ in content.values()), strict=True)
+                ax.errorbar(list(content), mean, np.nan_to_num(error), **STYLES[0], markersize=4, capsize=2)
+                if experiment == MLP:
+                    lambda_axis(ax, list(content))
+                    ax.tick_params("x", rotation=60)
+                else:
+                    ax.set_xticks(list(content), [f"{lam:g}" for lam in content])
+                ax.set_xlabel("λ, not to scale" if experiment == MLP else "λ")
+                continue
+            key = "train" if part == "training" else part
+            for record, history in content:
+                ensemble, members = history[f"{key}_ensemble_error"], history[f"{key}_member_error"]  # (epochs, M)
                 for epoch in range(len(members)):
-                    rows += error_rows(configuration, 1.0, record["trial"], part, epoch + 1, ensemble[epoch],
+                    rows += error_rows(configuration, 1.0, record["trial"], key, epoch + 1, ensemble[epoch],
                                        members[epoch])
-            if last:                                                    # the first trial is drawn
-                record, history = last[0]
-                members = 100 * history[f"{part}_member_error"]
-                best = history["train_member_error"][record["result"]["epoch"] - 1].argmin()
-                x = np.arange(1, len(members) + 1)
-                ax.plot(x, members, color=GREY, alpha=0.7 if members.shape[1] < 20 else 0.12, linewidth=0.8)
-                ax.plot(x, members[:, best], color=ORANGE, linewidth=1.5, linestyle="--")
-                ax.plot(x, 100 * history[f"{part}_ensemble_error"], color=BLUE, linewidth=1.8)
+            record, history = content[0]                                # the first trial is drawn
+            members, x = 100 * history[f"{key}_member_error"], np.arange(1, len(history[f"{key}_member_error"]) + 1)
+            best = history["train_member_error"][record["result"]["epoch"] - 1].argmin()
+            spread(ax, x, members)
+            ax.plot(x, members[:, best], color=ORANGE, linewidth=1.3, linestyle="--")
+            ax.plot(x, 100 * history[f"{key}_ensemble_error"], color=BLUE, linewidth=1.5)
             ax.axvline(3, color="black", linewidth=0.8, linestyle=":")
-            ax.set_xlabel(f"epoch (trial {last[0][0]['trial'] if last else 0})")
+            ax.set_title(f"{part} error, λ = 1")
+            ax.set_xlabel(f"epoch (trial {record['trial']})")
             ax.xaxis.get_major_locator().set_params(integer=True)
-    for line in axes:                        # one scale for a row and quantity: training beside test
-        for pair in (line[:2], line[2:]):
-            low, high = zip(*(ax.get_ylim() for ax in pair), strict=True)
-            for ax in pair:
-                ax.set_ylim(min(low), max(high))
     handles = [plt.Line2D([], [], color=BLUE, marker="o", markersize=4, label="ensemble"),
-               plt.Line2D([], [], color=GREY, marker="_", label="a member"),
-               plt.Line2D([], [], color=ORANGE, linestyle="--", label="the member with the lowest training error at "
-                          "the end"),
+               plt.Line2D([], [], color=GREY, linewidth=4, alpha=0.5, label="members (over 20: 5 to 95, 25 to 75 %)"),
+               plt.Line2D([], [], color=ORANGE, linestyle="--", label="member best in training at the end"),
                plt.Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="epoch 3")]
-    fig.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    fig.legend(handles=handles, loc="outside upper center", ncols=2)
     return fig, {"": rows, "-dominance": numbers}
 
 
@@ -483,7 +502,8 @@ def table2(runs):
     cells = [[methods.get(method, f"λ = {method.removeprefix('joint-')}"), *(cell(rows[method, name])
                                                                            for name in printed)]
              for method in [*methods, *others]]
-    apart = [] if runs.real() else ["The paper's values are of CIFAR-100: results on other data do not compare."]
+    apart = [] if runs.at_protocol() else ["The paper's values are of its own protocol: results of another do not "
+                                           "compare."]
     return Table("Test error (%) of DenseNet ensembles; the minimum of each column is bold.",
                  ["", *printed], cells, list(rows.values()),
                  [*apart, "Mean ± standard error over n trials. Independent (own lr): the sum of the members' losses, "
@@ -553,9 +573,10 @@ def with_provenance(rows, provenance):
     return [{**row, "provenance": "" if i else provenance.replace("\n", " · ")} for i, row in enumerate(rows)]
 
 
-def save_table(table, provenance, path):
+def save_table(table, provenance, path, at_chance=False):
     """Writes path.md and path.csv, with the provenance at the head."""
-    lines = [f"**Table {path.name[-1]}. {table.caption}**", "", *(f"{line}  " for line in provenance.split("\n")), "",
+    lines = [f"**Table {path.name[-1]}. {table.caption}**", "", *[f"**{AT_CHANCE.capitalize()}.**  "] * at_chance,
+             *(f"{line}  " for line in provenance.split("\n")), "",
              "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns),
              *("| " + " | ".join(row) + " |" for row in table.cells), "",
              *(note.replace("*", r"\*") for note in table.notes), ""]
@@ -563,19 +584,26 @@ def save_table(table, provenance, path):
     write_csv(path.with_suffix(".csv"), with_provenance(table.rows, provenance))
 
 
-def save_figure(fig, rows, provenance, path):
-    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot.
+AT_CHANCE = "at the level of guessing: shows nothing"
+
+
+def save_figure(fig, rows, provenance, path, at_chance=False):
+    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot, in three lines.
 
     rows are those of the CSV, or of several, by what is added to the path.
     """
     if fig.axes[0].get_legend_handles_labels()[0] and not fig.legends:
-        fig.axes[0].legend(frameon=False)
+        fig.axes[0].legend()
     width, height = fig.get_size_inches()
-    foot = [part for line in provenance.split("\n")
-            for part in textwrap.wrap(line, int(25 * width), subsequent_indent="   ")]
-    bottom = (0.06 + 0.1 * len(foot)) / height
+    foot = [part for line in provenance.split("\n") for part in textwrap.wrap(line, int(18.5 * width))]
+    if len(foot) > 3:
+        foot = [*foot[:2], textwrap.shorten(foot[2], int(18.5 * width) - 23, placeholder="") + " … (all in the CSV)"]
+    bottom = (0.06 + 0.12 * len(foot)) / height
     fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
-    fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=5.5, color=GREY)
+    fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=7, color=GREY)
+    if at_chance:
+        fig.text(0.5, 0.55, AT_CHANCE.replace(": ", ":\n"), fontsize=13, color=ORANGE, rotation=20, ha="center",
+                 va="center", bbox={"facecolor": "white", "edgecolor": ORANGE, "alpha": 0.85})
     for name, table in (rows if isinstance(rows, dict) else {"": rows}).items():
         write_csv(path.with_name(f"{path.name}{name}.csv"), with_provenance(table, provenance))
     for kind, options in (("png", {"dpi": 200}), ("pdf", {"metadata": {"CreationDate": None}})):
@@ -614,9 +642,9 @@ def make(runs, name, folder):
         fig, rows = FIGURES[name](runs)
     possible = runs.used or not missing                         # three tables need no runs
     if possible:
-        provenance = runs.provenance()
+        provenance, at_chance = runs.provenance(), runs.at_chance()
         folders.make_writable(folder)
-        save_table(table, provenance, path) if table else save_figure(fig, rows, provenance, path)
+        save_table(table, provenance, path, at_chance) if table else save_figure(fig, rows, provenance, path, at_chance)
     if not table:
         plt.close(fig)
     state = ("incomplete" if missing else "complete") if possible else "NOT DRAWN"

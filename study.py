@@ -405,10 +405,13 @@ def outcome(run, result):
     """The line on a finished run."""
     if result["diverged_at_epoch"] is not None:
         return f"{run.label}: DIVERGED at epoch {result['diverged_at_epoch']}"
-    where = f" (epoch {result['epoch']})" if "epoch" in result else ""
+    remarks = [f"epoch {result['epoch']}"] if "epoch" in result else []
     if result.get("penalty_is_outermost"):
-        where = f" (penalty {result['penalty']:g} is at an end of the grid: widen `penalties` in presets.yaml)"
-    return f"{run.label}: test error {100 * result['test_ensemble_error']:.2f} %{where}"
+        remarks.append(f"penalty {result['penalty']:g} is at an end of the grid: widen `penalties` in presets.yaml")
+    if result.get("fits_not_converged"):
+        remarks.append(f"{result['fits_not_converged']} fits of the combiner did not converge: try other `penalties`")
+    return f"{run.label}: test error {100 * result['test_ensemble_error']:.2f} %" + f" ({'; '.join(remarks)})" * bool(
+        remarks)
 
 
 def print_plan(args, block, data, runs, seconds, jobs, figures):

@@ -14,6 +14,7 @@ from pathlib import Path
 import study as machinery
 import claims
 import common
+import finished
 import folders
 import make_figures
 import presets
@@ -22,6 +23,7 @@ import train_densenet_cifar
 import train_mlp_fmnist
 from finished import FinishedRuns, mean_and_error
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -454,17 +456,53 @@ def test_a_diverged_run_is_counted_and_not_averaged(study, script, tmp_path):
     assert "1 diverged, left out of the means" in drawn[0]["provenance"]
 
 
-@pytest.mark.parametrize("source, marks", [("real", 2), ("synthetic", 0)])
-def test_the_papers_numbers_are_marked_beside_real_data_only(study, tmp_path, source, marks):
-    altered_copy(study, tmp_path, lambda record: record["settings"].update(
-        data={"name": "Fashion-MNIST", "source": source}))
+@pytest.mark.parametrize("epochs, marks", [(200, 1), (50, 0)])
+def test_the_papers_numbers_are_marked_at_the_papers_protocol_only(study, tmp_path, epochs, marks):
+    settings = finished.paper_settings("mlp_fmnist")["256x4H", "joint-0"] | {"epochs": epochs}
+    altered_copy(study, tmp_path, lambda record: record.update(settings=settings))
     shutil.rmtree(tmp_path / "results/smoke/mlp_fmnist/256x4H/joint-0/trial0")
     for figure in (make_figures.fig2, make_figures.fig3):
         fig, rows = figure(FinishedRuns(tmp_path / "results", "smoke", "example"))
         labels = [label for label in fig.axes[0].get_legend_handles_labels()[1] if "paper" in label]
-        assert len(labels) == (marks if figure is make_figures.fig2 else marks // 2)
+        assert len(labels) == marks
         (own,) = (row for row in rows if (row["configuration"], row["method"]) == ("256x4H", "joint-0"))
         assert own["published_percent"] == 16.3 != own["test_error_percent"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_reads_at_the_width_of_the_papers_text(study, name, tmp_path):
+    """LNCS has 12.2 cm: no text below 7 points there, and three lines at most on what it was made from."""
+    runs = FinishedRuns(study / "results", "smoke", "example")
+    fig, rows = make_figures.FIGURES[name.removeprefix("fig")](runs)
+    make_figures.save_figure(fig, rows, runs.provenance() + "\n" + 5 * "reduced and reduced again; ", tmp_path / name)
+    assert fig.get_size_inches()[0] <= 4.8
+    texts = [text for text in fig.findobj(matplotlib.text.Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= 7
+    (foot,) = (text.get_text() for text in texts if "SYNTHETIC STAND-IN DATA" in text.get_text())
+    assert foot.count("\n") <= 2 and foot.endswith("… (all in the CSV)")
+    assert all(ax.has_data() for ax in fig.axes)
+    make_figures.plt.close(fig)
+
+
+def test_what_is_at_chance_says_so_across_its_face(study, tmp_path):
+    assert "**At the level of guessing: shows nothing.**" in (study / "figures/smoke/table2.md").read_text()
+    assert "guessing" not in (study / "figures/smoke/table3.md").read_text()
+    for at_chance in (True, False):
+        fig, ax = make_figures.plt.subplots()
+        ax.plot([1], label="a")
+        make_figures.save_figure(fig, [], "", tmp_path / "figure", at_chance)
+        make_figures.plt.close(fig)
+        assert any("level of guessing" in text.get_text() for text in fig.texts) == at_chance
+
+
+def test_figures_do_not_depend_on_the_users_matplotlib(study, tmp_path):
+    """Nor on a name with two dollars, which would be mathematics."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\naxes.facecolor: black\nfont.size: 30\n")
+    for place, env in (("a", {}), ("b", {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")})):
+        done = subprocess.run([sys.executable, make_figures.__file__, "9", "--preset", "smoke", "--figures-dir",
+                               tmp_path / place], cwd=study, env=os.environ | env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a/smoke/fig9.png").read_bytes() == (tmp_path / "b/smoke/fig9.png").read_bytes()
 
 
 def test_mean_and_standard_error():
@@ -478,9 +516,9 @@ def test_a_filter_montage_has_one_scale():
     filters = np.zeros((2, 3, 3, 3, 3))
     filters[1, 2] = 0.5
     tiles = make_figures.filter_montage(filters, 0.5)
-    assert tiles.shape == (13, 9, 3)
+    assert tiles.shape == (9, 19, 3)                            # two columns for each member
     assert (tiles[1:4, 1:4] == 0.5).all()                       # a filter of zeros is grey
-    assert (tiles[9:12, 5:8] == 1).all() and math.isclose(tiles[5:8, 5:8].mean(), 0.5)
+    assert (tiles[5:8, 10:13] == 1).all() and math.isclose(tiles[1:4, 10:13].mean(), 0.5)
 
 
 def test_figures_of_settings_other_than_planned(script):

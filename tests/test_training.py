@@ -250,11 +250,23 @@ def test_stacking_takes_the_penalty_that_is_best_on_images_held_out(data, tmp_pa
     losses = [sum(loss_after_fit(penalty, fold != k, logits[fold == k], labels[fold == k]) for k in (0, 1)) / 2
               for penalty in penalties]
     assert stored["penalty"].tolist() == penalties
-    assert stored["cross_validated_loss"].tolist() == pytest.approx(losses, rel=5e-3)
+    assert stored["cross_validated_loss"].tolist() == pytest.approx(losses, rel=1e-4)
     assert result["penalty"] == best == penalties[np.argmin(losses)]
     assert result["penalty_is_outermost"] == (best == 0.1)
     assert result["test_ensemble_loss"] == pytest.approx(
-        loss_after_fit(best, fold >= 0, test_logits, data.test_labels), rel=5e-3)
+        loss_after_fit(best, fold >= 0, test_logits, data.test_labels), rel=1e-4)
+    assert result["fits_not_converged"] == 0
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+def test_a_fit_of_the_combiner_that_does_not_converge_is_told(data, tmp_path, monkeypatch, penalty):
+    study.do_run(EXPERIMENT, a_run(weights=True), data, tmp_path)
+    run, lbfgs = a_run("stacking", stacking="validation", folds=2, penalties=[penalty]), torch.optim.LBFGS
+    result = study.do_run(EXPERIMENT, run, data, tmp_path)
+    assert result["fits_not_converged"] == 0 and "converge" not in study.outcome(run, result)
+    monkeypatch.setattr(torch.optim, "LBFGS", lambda *args, max_iter, **others: lbfgs(*args, max_iter=2, **others))
+    result = study.do_run(EXPERIMENT, run, data, tmp_path)
+    assert result["fits_not_converged"] == 3 and "3 fits of the combiner did not conv" in study.outcome(run, result)
 
 
 # --- The known order of the lambdas --------------------------------------------------------------

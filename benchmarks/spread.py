@@ -1,0 +1,61 @@
+"""How far one trial moves by rounding alone: 1x1024H, trial 0, at the paper's protocol, one bit of one weight changed.
+
+    python benchmarks/spread.py             # five runs of about 15 minutes of one core, in results/spread/
+
+Data, split, order and all other bits of the initial weights are equal. Prints the test error and the reported epoch of
+each run, and their standard deviation.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import study
+import common
+import fast
+import folders
+import train_mlp_fmnist
+
+import numpy as np
+import torch
+
+RUNS = 5
+
+
+def nudged(which):
+    """The experiment in whose initial weights one of the hidden layer is the next larger float."""
+    def build(*arguments):
+        ensemble = train_mlp_fmnist.build(*arguments)
+        weights = ensemble.hidden_weight.data.view(-1)
+        weights[which] = torch.nextafter(weights[which], weights.new_tensor(torch.inf))
+        return ensemble
+    return study.Experiment("mlp_fmnist", build)
+
+
+def main():
+    p = study.training_parser(__doc__)
+    p.set_defaults(preset="paper", only=["1x1024H"], trials=1)
+    args, cores = p.parse_args(), torch.get_num_threads()
+    _, data, (run,) = study.prepare(train_mlp_fmnist.EXPERIMENT, args)
+    runs = [replace(run, preset=f"spread/{run.preset}-bit{which}") for which in range(RUNS)]
+    folders.make_writable(args.results)
+
+    def work(say):
+        folders.run_missing(runs, args.results, lambda run: say(run.path, 1, "", study.outcome(run, study.do_run(
+            nudged(int(run.preset[-1])), run, data, args.results, study.told(run, say)))))
+
+    to_do = [run for run in runs if folders.to_be_done(run, args.results)]
+    progress = study.Progress({run.path: 1.0 for run in to_do}, args.results, min(cores, RUNS))
+    fast.in_processes(work, min(cores, len(to_do)), progress, (common.Refused, OSError))
+    progress.close()
+    results = [folders.read_run(args.results / run.path)["result"] for run in runs]
+    errors = [100 * result["test_ensemble_error"] for result in results]
+    for error, result in zip(errors, results, strict=True):
+        print(f"test error {error:.2f} % (epoch {result['epoch']})")
+    print(f"standard deviation {np.std(errors, ddof=1):.2f} points")
+
+
+if __name__ == "__main__":
+    study.command_line(main)
