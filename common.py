@@ -624,31 +624,40 @@ def stack(ensemble, run, data):
         loss = F.cross_entropy(F.linear(x, averaging + step, bias), y, reduction="none")
         return (loss * rows).sum() / rows.sum() + penalty * step.square().sum()
 
+    # The members' logits are so alike that the objective curves far more in some directions than in others. L-BFGS sees
+    # step @ root, in whose units it curves about equally in all: gram is the mean of p (1 - p) x x^T at averaging.
+    p = F.linear(x, averaging).softmax(1)
+    gram = (x * (1 - p.square().sum(1, keepdim=True))).T @ x / (len(x) * data.classes)
+
     def fit(start, rows, penalty):
-        """The step and the bias at the minimum: no entry of the gradient is above 1e-4 of the largest at averaging."""
+        """The step and the bias at the minimum: no entry of the gradient is above 0.002 of the largest at averaging.
+
+        For 256x4H the objective is then within 1e-4 of its minimum.
+        """
         nonlocal not_converged
-        # L-BFGS sees step and bias in units in which the objective curves about equally in all of them.
-        units = (2 * penalty + rows @ x.square() / rows.sum() / data.classes).rsqrt(), data.classes ** 0.5
-        scaled = [(value / unit).requires_grad_() for value, unit in zip(start, units, strict=True)]
+        one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+        root = torch.linalg.cholesky(gram + max(2 * penalty, 1e-9 * gram.trace().item()) * one)
+        inverse = torch.linalg.solve_triangular(root, one, upper=False)
+        at = [(start[0] @ root).requires_grad_(), start[1].clone().requires_grad_()]
 
         def loss(at):
-            return objective(at[0] * units[0], at[1] * units[1], rows, penalty)
+            return objective(at[0] @ inverse, at[1], rows, penalty)
 
         def steepest(at):
             return max(slope.abs().max().item() for slope in torch.autograd.grad(loss(at), at))
 
         def closure():
             optimizer.zero_grad()
-            value = loss(scaled)
+            value = loss(at)
             value.backward()
             return value
 
-        enough = 1e-4 * steepest([torch.zeros_like(value, requires_grad=True) for value in scaled])
-        optimizer = torch.optim.LBFGS(scaled, max_iter=1000, tolerance_grad=enough, tolerance_change=0,
+        enough = 0.002 * steepest([torch.zeros_like(value, requires_grad=True) for value in at])
+        optimizer = torch.optim.LBFGS(at, max_iter=1000, tolerance_grad=enough, tolerance_change=0,
                                       line_search_fn="strong_wolfe")
         optimizer.step(closure)
-        not_converged += not steepest(scaled) <= enough
-        return [value.detach() * unit for value, unit in zip(scaled, units, strict=True)]
+        not_converged += not steepest(at) <= enough
+        return at[0].detach() @ inverse, at[1].detach()
 
     plain = torch.zeros_like(averaging), torch.zeros_like(averaging[:, 0])
     penalties = sorted(s["penalties"], reverse=True)        # from the strongest, each a warm start

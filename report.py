@@ -34,9 +34,12 @@ td.yes { background: #e3f1e7; } td.no { background: #f8e2dc; } td.open { backgro
 td.none { color: #595959; } small { color: #595959; }
 img { max-width: 100%; height: auto; } summary { cursor: pointer; }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; font-size: .82rem; }
-@media (max-width: 40rem) { body { padding: .6rem; } table { font-size: .8rem; } }
-@media print { body { max-width: none; font-size: 9pt; } .table { overflow: visible; } img { max-height: 9cm; }
-  h2, h3, img, tr { break-inside: avoid; break-after: auto; } }
+@media (max-width: 40rem) { body { padding: .6rem; } table { font-size: .8rem; } th, td { padding: .2rem .3rem; } }
+@media print { body { max-width: none; font-size: 8.5pt; padding: 0; } h2, h3 { margin: .8rem 0 .3rem; }
+  table { font-size: 7pt; line-height: 1.2; } .table { overflow: visible; margin: .4rem 0; } p { margin: .3rem 0; }
+  th, td { padding: .1rem .3rem; } section { display: inline-block; width: 48%; margin-right: 1%; vertical-align: top; }
+  section.wide { width: 100%; } section pre, nav { display: none; }
+  h2, h3, img, tr, section { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 COLOURS = {"reproduced": "yes", "trend seen": "yes", "verified": "yes", "met": "yes", "within 0.5 points": "yes",
            "agrees": "yes", "not reproduced": "no", "trend not seen": "no", "refuted": "no", "refused": "no",
@@ -60,29 +63,31 @@ def paragraph(text):
 
 
 def verdicts(judged):
-    rows = [[claim.name, claim.claim, claim.where, claim.scope, claim.outcome] for claim in judged]
-    return table("The paper's claims", ["claim", "what the paper says", "where", "scope", "outcome"], rows)
+    rows = [[claim.name, f"{claim.claim} ({claim.where})", claim.scope, claim.outcome] for claim in judged]
+    return table("The paper's claims", ["claim", "what the paper says, and where", "scope", "outcome"], rows)
 
 
 def figure_section(runs, judged, name, one, folder):
     """A figure or table: what it shows, the claims with their statistics, what makes it, what it was made from."""
     draw = (make_figures.FIGURES | make_figures.TABLES)[name]
-    yield f'<h3 id="{make_figures.stem(name)}">{make_figures.title(name)}</h3>'
-    about = " ".join(draw.__doc__.split()).split(": ", 1)[1].capitalize()
+    about = " ".join(draw.__doc__.split()).split(": ", 1)[1].removesuffix(".")
+    width = "wide" if one.table else "narrow"
+    yield (f'<section class="{width}"><h3 id="{make_figures.stem(name)}">{make_figures.title(name)}: {escape(about)}'
+           "</h3>")
     if one.state == "NOT DRAWN":
-        yield paragraph(f"{about} Not drawn: none of its runs is there.")
+        yield paragraph("Not drawn: none of its runs is there.")
     elif one.table:
         yield table(one.table.caption, one.table.columns, [[cell.replace("**", "") for cell in row]
                                                            for row in one.table.cells])
         yield from map(paragraph, one.table.notes)
     else:
         picture = base64.b64encode((folder / f"{make_figures.stem(name)}.png").read_bytes()).decode()
-        yield f'<p><img alt="{escape(about)}" src="data:image/png;base64,{picture}"></p>'
+        yield f'<p><img alt="{escape(about)}." src="data:image/png;base64,{picture}"></p>'
     for claim in judged:
         if runs.published["claims"][claim.name].get("figure") == name:
             rows = [[part.what, *part.cells, str(part.n), part.asked, part.scope + f" ({part.reason})" * bool(
                 part.reason), part.outcome] for part in claim.parts]
-            yield (f"<details><summary><b>{claim.name}: {escape(claim.outcome)}</b> ({escape(claim.scope)}). "
+            yield (f"<details><summary><b>{claim.name}: {escape(claim.outcome)}</b> ({escape(claim.scope)}): "
                    f"{escape(claim.claim)}.</summary>" + paragraph(f"{claim.where}. Our reading: {claim.reading}.")
                    + table("Statistics", ["statistic", "mean", "95 % interval", "n", "claimed", "scope", "decides"],
                            rows) + "</details>")
@@ -92,8 +97,10 @@ def figure_section(runs, judged, name, one, folder):
     if one.used:
         minutes = sum(record["seconds"] for record in one.used.values()) / 60
         missing = f" {len(one.missing)} runs are missing." if one.missing else ""
+        less = [line for line in one.provenance.split("\n") if ", reduced: " in line]     # the rest is in the figure
         yield (f"<p><small>{len(one.used)} runs, {minutes:.0f} minutes of training in all.{missing} "
-               f"{escape(one.provenance.replace(chr(10), '. '))}.</small></p>")
+               f"{escape('. '.join(less if not one.table else one.provenance.split(chr(10))))}</small></p>")
+    yield "</section>"
 
 
 def printed_numbers(runs, made):

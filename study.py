@@ -296,12 +296,12 @@ def cost(experiment, run, data):
     part = data.train_images[:100], data.train_labels[:100]
     example = fastest(lambda: common.evaluate(ensemble, data, *part), device) / len(part[1])
     n, held_out = s["train"] or len(data.train_labels) - s["validation"], s["validation"] or len(data.test_labels)
-    if run.method == "stacking":        # predictions, and fits of about 100 products and gradients
+    if run.method == "stacking":        # predictions, and fits of about 60 products and gradients
         fitted = s["validation"] if s["stacking"] == "validation" else n
-        logits = torch.zeros(500, s["members"] * data.classes, device=device)
+        logits = torch.zeros(500, s["members"] * data.classes, device=device, dtype=torch.double)
         product = fastest(lambda: logits.T @ (logits @ logits.new_zeros(logits.shape[1], data.classes)), device) / 500
         fits = s["folds"] * len(s["penalties"]) + 1
-        return (fitted + len(data.test_labels)) * example + 100 * fits * fitted * product
+        return (fitted + len(data.test_labels)) * example + 60 * fits * fitted * product
     ensemble.train()
     batches = common.Batches(run, data, torch.arange(n, device=device))
     step = common.stepper(run, ensemble, optimizer, common.Scores(s["members"], device), batches)

@@ -111,6 +111,32 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
     assert checked >= 6
 
 
+def same(one, other):
+    """Are two cells of a CSV equal, as numbers up to rounding?"""
+    try:
+        return float(one) == pytest.approx(float(other), rel=1e-6, abs=1e-9, nan_ok=True)
+    except ValueError:
+        return one == other
+
+
+def test_expected_paper_is_what_its_run_records_give(script, tmp_path):
+    """Every figure and every verdict, without training: only the deviations of identities are of this machine."""
+    status, _, err = script(claims, "--preset", "paper", "--results", ROOT / "expected/paper/results",
+                              "--figures-dir", tmp_path)
+    assert status in (0, 1), err                                # 1: some figures have no runs
+    tables = sorted({path.name for path in (ROOT / "expected/paper").glob("*.csv")} - {"fig6.csv"})     # 30 MB
+    assert {"claims.csv", "fig2.csv", "fig3.csv", "fig9.csv", "fig6-dominance.csv", "runs.csv"} <= set(tables)
+    for name in tables:
+        with open(tmp_path / "paper" / name, newline="", encoding="utf-8") as file:
+            drawn = list(csv.DictReader(file))
+        kept = csv_rows(f"paper/{name}")
+        assert len(drawn) == len(kept), name
+        for mine, theirs in zip(drawn, kept, strict=True):
+            own = {"mean"} if theirs.get("scope") == "identity" else set()
+            for key in theirs.keys() - own:
+                assert same(mine[key], theirs[key]), (name, key, mine, theirs)
+
+
 def test_the_minutes_of_the_figures_are_those_of_expected_quick():
     """Minutes of one core: the sum over the runs of expected/quick that a figure draws."""
     seconds = {row["run"]: float(row["seconds"]) for row in csv_rows("quick/runs.csv")}

@@ -250,11 +250,11 @@ def test_stacking_takes_the_penalty_that_is_best_on_images_held_out(data, tmp_pa
     losses = [sum(loss_after_fit(penalty, fold != k, logits[fold == k], labels[fold == k]) for k in (0, 1)) / 2
               for penalty in penalties]
     assert stored["penalty"].tolist() == penalties
-    assert stored["cross_validated_loss"].tolist() == pytest.approx(losses, rel=1e-4)
+    assert stored["cross_validated_loss"].tolist() == pytest.approx(losses, rel=1e-3)
     assert result["penalty"] == best == penalties[np.argmin(losses)]
     assert result["penalty_is_outermost"] == (best == 0.1)
     assert result["test_ensemble_loss"] == pytest.approx(
-        loss_after_fit(best, fold >= 0, test_logits, data.test_labels), rel=1e-4)
+        loss_after_fit(best, fold >= 0, test_logits, data.test_labels), rel=1e-3)
     assert result["fits_not_converged"] == 0
 
 
