@@ -44,7 +44,7 @@ def cross_entropies(member_logits, targets):
 class _JointLoss(torch.autograd.Function):
     """Eq. 4 with the gradient of Eq. 9: one softmax serves the loss, its gradient and the scores.
 
-    PyTorch's own backward takes 1.4 times as long for a step of 256x4H.
+    With common.joint_loss and PyTorch's backward a step of 256x4H takes 2.9 times as long (one thread of an AMD EPYC).
     """
 
     @staticmethod
