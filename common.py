@@ -9,7 +9,9 @@ import contextlib
 import copy
 import gzip
 import hashlib
+import lzma
 import math
+import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass, replace
@@ -120,7 +122,7 @@ def unpacking(name, target):
             if not target.is_dir():
                 with contextlib.suppress(FileExistsError):      # another process was sooner
                     Path(scratch, name).rename(target)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise Refused(f"{target} cannot be unpacked ({error}): fetch the archive again, or make room in {DATA_DIR}"
                       ) from error
 
@@ -130,7 +132,7 @@ CIFAR_MEAN_AND_STD = {"CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.
 
 
 def read_cifar(name, folder):
-    """CIFAR-10 or -100 from a folder, or None if the folder has none of its files.
+    """CIFAR-10 or -100 in torchvision's form from a folder, or None if the folder has none of its files.
 
     The files are torchvision's folder, or its archive, which is unpacked into data/ once; torchvision checks the MD5 of
     each file. Raises Refused if one is missing or damaged.
@@ -155,8 +157,49 @@ def read_cifar(name, folder):
     images, labels, test_images, test_labels = (value for part in (train, test) for value in (
         torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
     mean, std = CIFAR_MEAN_AND_STD[name]
-    return Data(DATASETS[name].description, str(archive.parent), len(train.classes), images, labels,
+    return Data(DATASETS[name].description, str(folder / dataset.base_folder), len(train.classes), images, labels,
                 test_images, test_labels, per_channel(*mean), per_channel(*std))
+
+
+CIFAR_100_BINARY = {  # SHA-256
+    "train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
+    "test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
+}
+
+
+def read_cifar_100_binary(folder):
+    """CIFAR-100 in its binary form from a folder, or None if the folder has none of its files.
+
+    The files are cifar-100-binary/*.bin, or the archive of that folder, which is unpacked into data/ once. A record
+    is a coarse label, a fine label and an image (C, H, W). Images, labels and order are those of read_cifar. Raises
+    Refused if a file is missing or has another SHA-256.
+    """
+    place = folder / "cifar-100-binary"
+    archives = [path for end in ("gz", "xz") if (path := folder / f"{place.name}.tar.{end}").is_file()]
+    if not place.is_dir():
+        if not archives:
+            return None
+        place = DATA_DIR / place.name
+        if not place.is_dir():
+            with unpacking(place.name, place) as scratch, tarfile.open(archives[0]) as archive:
+                archive.extractall(scratch.parent, filter="data")
+    parts = []
+    for name, sha256 in CIFAR_100_BINARY.items():
+        content = (place / name).read_bytes() if (place / name).is_file() else b""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise Refused(f"{place / name} is missing, truncated or another file (expected SHA-256 {sha256[:12]}...): "
+                          f"remove {place}, and put the data set's cifar-100-binary.tar.gz beside it")
+        records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 2 + 3 * 32 * 32)
+        parts += [records[:, 2:].reshape(-1, 3, 32, 32).contiguous(), records[:, 1].long()]
+    mean, std = CIFAR_MEAN_AND_STD["CIFAR-100"]
+    return Data(DATASETS["CIFAR-100"].description, str(place), 100, *parts, per_channel(*mean), per_channel(*std))
+
+
+def first_classes(data, classes):
+    """The images of the first classes of a data set, in both of its parts; the statistics stay those of all."""
+    train, test = data.train_labels < classes, data.test_labels < classes
+    return replace(data, classes=classes, train_images=data.train_images[train], train_labels=data.train_labels[train],
+                   test_images=data.test_images[test], test_labels=data.test_labels[test])
 
 
 def pixel_statistics(images):
@@ -215,10 +258,12 @@ class Dataset:
     ways: str             # other ways to get it, for a message
 
 
-def _cifar(name, classes, md5):
-    return Dataset({"name": name, "source": "real", "md5": md5}, lambda folder: read_cifar(name, folder), None,
-                   name.replace("-", ""), classes, (3, 32, 32), 50_000, 10_000, "put torchvision's archive "
-                   f"({name.lower()}-python.tar.gz) into a folder and pass --data-dir FOLDER")
+def _cifar(name, classes, md5, read_binary=lambda folder: None):
+    forms = f"{name.lower()}-python.tar.gz" + " or cifar-100-binary.tar.gz" * (classes == 100)
+    return Dataset({"name": name, "source": "real", "md5": md5},
+                   lambda folder: read_cifar(name, folder) or read_binary(folder), None, name.replace("-", ""), classes,
+                   (3, 32, 32), 50_000, 10_000, f"put {forms} of the data set's site into a folder and pass --data-dir "
+                   "FOLDER")
 
 
 DATASETS = {
@@ -227,7 +272,7 @@ DATASETS = {
         read_fashion_mnist, Path("/usr/share/datasets/fashion-mnist"), "FashionMNIST", 10, (1, 28, 28), 60_000, 10_000,
         "`apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or put the four files *-ubyte.gz into a folder and "
         "pass --data-dir FOLDER"),
-    "CIFAR-100": _cifar("CIFAR-100", 100, "eb9058c3a382ffc7106e4002c42a8d85"),
+    "CIFAR-100": _cifar("CIFAR-100", 100, "eb9058c3a382ffc7106e4002c42a8d85", read_cifar_100_binary),
     "CIFAR-10": _cifar("CIFAR-10", 10, "c58f30108f718f92721af3b95e74349a"),
 }
 

@@ -71,7 +71,7 @@ def at_protocol(record, repeats):
     theirs = paper_settings(trained_in(record["experiment"])).get((record["configuration"], name))
     s = record["settings"]
     measured = s.get("drop", "example") == "example" and s.get("repeats", repeats) == repeats
-    return theirs is not None and measured and trained(record) | {"seed": 0} == theirs | {"seed": 0}
+    return theirs is not None and measured and not folders.difference(trained(record) | {"seed": 0}, theirs)
 
 
 def error_share(record, folder):
@@ -81,7 +81,8 @@ def error_share(record, folder):
     error = record["result"].get("test_ensemble_error")
     if error is None:                       # a robustness run: with all members
         error = folders.load_history(folder)["error"].mean(0)[0]
-    return error / (1 - 1 / common.DATASETS[trained(record)["dataset"]].classes)
+    s = trained(record)
+    return error / (1 - 1 / (s.get("classes") or common.DATASETS[s["dataset"]].classes))    # (older runs: all classes)
 
 
 class FinishedRuns:

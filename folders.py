@@ -104,20 +104,26 @@ def find_data(name, policy, data_dir=None, may_download=True):
 
 
 def load_data(name, policy, block, data_dir=None, may_download=True):
-    """The data of an experiment, real or stand-in, cut to the sizes in its settings.
+    """The data of an experiment, real or stand-in, cut to the classes and sizes in its settings.
 
     A plan downloads nothing: the stand-in takes the place of data that is not on disk; under `real` it carries the
     description of the real data, by which finished runs are recognised.
     """
     dataset = common.DATASETS[name]
+    classes = block["classes"] or dataset.classes
+    if classes > dataset.classes:
+        raise Refused(f"classes {classes} is more than the {dataset.classes} of {name}: lower classes, or set null for "
+                      "all")
     data = find_data(name, policy, data_dir, may_download)
     if data is None:
         train = block["train"] + block["validation"] if block["train"] else dataset.train
-        data = common.synthetic(dataset.classes, dataset.shape, train, block["test"] or dataset.test)
+        data = common.synthetic(classes, dataset.shape, train, block["test"] or dataset.test)
         if not may_download and policy == "auto":
             data.origin += f", unless {name} can be downloaded"
         if not may_download and policy == "real":
             data.description, data.origin = dataset.description, "to be downloaded first"
+    if classes < data.classes:
+        data = common.first_classes(data, classes)
     n, validation, test = len(data.train_labels), block["validation"], block["test"]
     train, name = block["train"] or max(n - validation, 1), data.description["name"]
     if train + validation > n:

@@ -45,6 +45,7 @@ COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for al
 SHARED = {      # the settings that every run of an experiment has, and the rule of each
     "dataset": (lambda x: isinstance(x, str), "the name of a data set"), "epochs": COUNT, "batch": COUNT,
     "train": COUNT_OR_ALL, "test": COUNT_OR_ALL,
+    "classes": (lambda x: x is None or number(int, 2, MOST, "")[0](x), "a whole number of at least 2, or null for all"),
     "validation": number(int, 0, MOST, f"a whole number of at least 0, at most {MOST}"), "augment": SWITCH,
     "momentum": number(REAL, 0, 0.999999, "a number in [0, 1)"), "nesterov": SWITCH,
     "weight_decay": number(REAL, 0, 1e30, "a number of at least 0"),

@@ -132,7 +132,7 @@ def test_cifar_100_is_read_as_torchvision_reads_it(cifar100, data_dir, monkeypat
         assert list(archive.parent.iterdir()) == [archive]
         assert [path.name for path in data_dir.iterdir()] == ["cifar-100-python"]
         monkeypatch.setattr(torchvision.datasets.utils, "extract_archive", lambda *_: pytest.fail("unpacked twice"))
-        assert folders.find_data("CIFAR-100", "real", archive.parent).origin == str(archive.parent)
+        assert folders.find_data("CIFAR-100", "real", archive.parent).origin == str(data_dir / "cifar-100-python")
 
 
 @pytest.mark.parametrize("name, content, said", [
@@ -152,6 +152,95 @@ def test_damaged_files_of_cifar_are_refused_and_never_unpickled(cifar100, tmp_pa
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.fixture
+def binary(cifar100, tmp_path, monkeypatch):
+    """The content of `cifar100` in the binary form: a folder with cifar-100-binary, whose files have the expected
+    SHA-256."""
+    place, sha256 = tmp_path / "binary" / "cifar-100-binary", {}
+    place.mkdir(parents=True)
+    for name in ("train", "test"):
+        pixels, fine = cifar100[2][name]["data"], np.array(cifar100[2][name]["fine_labels"], np.uint8)[:, None]
+        (place / f"{name}.bin").write_bytes(np.hstack([fine // 5, fine, pixels]).tobytes())     # coarse, fine, image
+        sha256[f"{name}.bin"] = hashlib.sha256((place / f"{name}.bin").read_bytes()).hexdigest()
+    monkeypatch.setattr(common, "CIFAR_100_BINARY", sha256)
+    return place.parent
+
+
+@pytest.mark.parametrize("form", ["", "gz", "xz"])
+def test_both_forms_of_cifar_100_are_the_same_data(cifar100, binary, data_dir, tmp_path, monkeypatch, form):
+    theirs = folders.find_data("CIFAR-100", "real", cifar100[0].parent)
+    folder = tmp_path / "form" if form else binary
+    if form:                                                    # unpacked into data/, once
+        folder.mkdir()
+        with tarfile.open(folder / f"cifar-100-binary.tar.{form}", f"w:{form}") as archive:
+            archive.add(binary / "cifar-100-binary", "cifar-100-binary")
+    mine = folders.find_data("CIFAR-100", "real", folder)
+    for key in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
+        one, other = getattr(mine, key), getattr(theirs, key)
+        assert torch.equal(one, other) and one.dtype == other.dtype and one.is_contiguous(), key
+    assert mine.description == theirs.description and mine.classes == 100
+    assert mine.origin == str((data_dir if form else binary) / "cifar-100-binary")
+    if form:
+        monkeypatch.setattr(tarfile, "open", lambda *_: pytest.fail("unpacked twice"))
+        folders.find_data("CIFAR-100", "real", folder)
+    source = cifar100[1]
+    (binary / source.name).symlink_to(source)                   # both are there: the origin says which was taken
+    assert folders.find_data("CIFAR-100", "real", binary).origin == str(binary / "cifar-100-python")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda place: (place / "train.bin").write_bytes((place / "train.bin").read_bytes()[:-1]),
+    lambda place: (place / "test.bin").rename(place / "train.bin"), lambda place: (place / "test.bin").unlink(),
+    lambda place: (place / "train.bin").write_bytes(b"another file")],
+    ids=["truncated", "swapped", "absent", "foreign"])
+def test_damaged_binary_files_are_refused(binary, damage):
+    damage(binary / "cifar-100-binary")
+    with pytest.raises(Refused, match=r"(train|test)\.bin is missing, truncated or another file \(expected SHA-256 "
+                                      r"\w{12}\.\.\.\): remove .*cifar-100-binary\.tar\.gz"):
+        folders.find_data("CIFAR-100", "auto", binary)
+
+
+@pytest.mark.parametrize("member", ["../outside", "/tmp/outside", None])
+def test_an_archive_with_a_member_outside_its_folder_is_refused(tmp_path, data_dir, member):
+    (tmp_path / "file").write_text("x")
+    with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "file", member or "another folder/file")
+    with pytest.raises(Refused, match="cannot be unpacked"):
+        folders.find_data("CIFAR-100", "real", tmp_path)
+    assert not list(tmp_path.rglob("outside*")) and not list(data_dir.iterdir())
+
+
+def test_real_cifar_100(monkeypatch):
+    """Where data/ holds it, in either form."""
+    data = common.DATASETS["CIFAR-100"].read(folders.HERE / "data")
+    if data is None:
+        pytest.skip("data/ does not hold CIFAR-100")
+    assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
+    assert data.train_labels.bincount().tolist() == [500] * 100 and data.test_labels.bincount().tolist() == [100] * 100
+    assert data.train_labels[:5].tolist() == [19, 29, 0, 11, 1]
+    for mine, theirs in zip(common.pixel_statistics(data.train_images), (data.mean, data.std), strict=True):
+        assert (mine - theirs).abs().max() < 1e-4
+    normalise = tv.normalize(data.train_images[:100].float() / 255, data.mean.flatten(), data.std.flatten())
+    assert torch.allclose(data.normalise(data.train_images[:100]), normalise, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_classes_of_a_data_set(cifar100):
+    folder, block = cifar100[0].parent, {"train": None, "validation": 0, "test": None, "batch": 2}
+    whole = folders.find_data("CIFAR-100", "real", folder)
+    data = folders.load_data("CIFAR-100", "real", block | {"classes": 30}, folder)
+    assert data.classes == 30 and data.shape == (3, 32, 32)
+    for images, labels, all_images, all_labels in (
+            (data.train_images, data.train_labels, whole.train_images, whole.train_labels),
+            (data.test_images, data.test_labels, whole.test_images, whole.test_labels)):
+        kept = [i for i, label in enumerate(all_labels.tolist()) if label < 30]
+        assert labels.tolist() == all_labels[kept].tolist() and torch.equal(images, all_images[kept]) and len(kept) > 2
+    assert torch.equal(data.mean, whole.mean)
+    stand_in = folders.load_data("CIFAR-100", "synthetic", block | {"classes": 7})
+    assert stand_in.classes == 7 and stand_in.train_labels.unique().tolist() == list(range(7))
+    with pytest.raises(Refused, match="classes 101 is more than the 100 of CIFAR-100"):
+        folders.load_data("CIFAR-100", "real", block | {"classes": 101}, folder)
+
+
 def test_the_data_sets_are_those_of_torchvision():
     """torchvision's classes download them; its checksum is that of the archive that run.json names."""
     for dataset in common.DATASETS.values():
@@ -169,7 +258,7 @@ def test_auto_takes_the_stand_in_and_says_so_where_real_fails(monkeypatch, capsy
     assert folders.find_data("Fashion-MNIST", "auto") is None
     out = capsys.readouterr().out
     assert "SYNTHETIC STAND-IN" in out and "no network, 5 minutes" in out
-    with pytest.raises(Refused, match=r"no network, None.*Three ways.*online.*apt-get install.*--data-dir"):
+    with pytest.raises(Refused, match=r"no network, None.*To get it, be online.*apt-get install.*--data-dir"):
         folders.find_data("Fashion-MNIST", "real")
     assert folders.find_data("Fashion-MNIST", "synthetic") is None
 
