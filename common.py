@@ -1,8 +1,12 @@
 """The science: data -> batches -> joint loss -> ensemble -> scores -> training -> stacking.
 
-Read it from top to bottom; study.py has the machinery around it and fast.py the same numbers sooner. Shapes: N
-examples, M members, K classes. An ensemble maps images (N, C, H, W), or one batch per member (N, M, C, H, W), to member
-logits (N, M, K); the ensemble's own logits are their mean over M.
+Read it from top to bottom; who only wants the science may begin at "Splits". study.py has the machinery around it, and
+fast.py faster forms of a few functions. Shapes: N examples, M members, K classes. An ensemble maps images (N, C, H, W),
+or one batch per member (N, M, C, H, W), to member logits (N, M, K); the ensemble's own logits are their mean over M.
+
+A `run` is one configuration, method and trial (study.Run): run.settings has its values from presets.yaml, run.lam its
+lambda (0 for bagging), run.generator(purpose) a seeded generator. `build(settings, shape, classes, generator)`, in a
+training script, returns its untrained ensemble.
 """
 
 import contextlib
@@ -102,7 +106,7 @@ def read_fashion_mnist(folder):
 
 
 def check_fashion_mnist(raw, source):
-    """Raises Refused if one of the four files is missing or has another SHA-256; `source` is what a user can mend."""
+    """Raises Refused if one of the four files is missing or has another SHA-256; `source` is the folder to mend."""
     for name, sha256 in FASHION_MNIST.items():
         if not (raw / name).is_file():
             raise Refused(f"{source} holds Fashion-MNIST without {name}: expected {', '.join(FASHION_MNIST)}")
@@ -113,15 +117,17 @@ def check_fashion_mnist(raw, source):
 
 @contextlib.contextmanager
 def unpacking(name, target):
-    """A path to unpack into, which then gets its place under data/ in one step: no half of it is ever there."""
+    """A path to unpack into; then it gets its place under data/ in one step, so nobody sees half of it."""
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DATA_DIR) as scratch:
             yield Path(scratch, name)
             target.parent.mkdir(exist_ok=True)
-            if not target.is_dir():
-                with contextlib.suppress(FileExistsError):      # another process was sooner
-                    Path(scratch, name).rename(target)
+            try:
+                Path(scratch, name).rename(target)
+            except OSError:
+                if not target.is_dir():         # another process got there first
+                    raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise Refused(f"{target} cannot be unpacked ({error}): fetch the archive again, or make room in {DATA_DIR}"
                       ) from error
@@ -203,7 +209,7 @@ def first_classes(data, classes):
 
 
 def pixel_statistics(images):
-    """Mean and std (C, 1, 1) of uint8 images (n, C, H, W) as pixels in [0, 1], exactly."""
+    """Mean and std (C, 1, 1) of uint8 images (n, C, H, W) as pixels in [0, 1], from counts of the 256 values."""
     counts = torch.stack([images[:, c].flatten().bincount(minlength=256)
                           for c in range(images.shape[1])]).double()
     values, n = torch.arange(256) / 255, counts.sum(1)
@@ -215,9 +221,9 @@ def pixel_statistics(images):
 def synthetic(classes, shape, train, test, seed=0):
     """A stand-in made from a seed, with the form of the real data and some of its difficulty.
 
-    Every class is three smooth prototypes. An image is one of them, moved by up to two pixels and faded, in every other
-    image as a negative, over part of a prototype of another class, in noise. A linear network learns next to nothing of
-    it, and a larger network more than a small one.
+    Every class is three smooth prototypes. An image is one of them, moved by up to two pixels and faded, with
+    probability 1/2 as a negative, over part of a prototype of another class, in noise. A linear network learns next to
+    nothing from them, and a larger network more than a small one.
     """
     channels, size, _ = shape
     g = torch.Generator().manual_seed(seed)
@@ -311,7 +317,7 @@ def crop_and_flip(padded, rows, moves):
 
 
 def draw_moves(shape, generator):
-    """The moves (*shape, 3) of `crop_and_flip`: uniform crops, every other image flipped."""
+    """The moves (*shape, 3) of `crop_and_flip`: uniform crops, flips with probability 1/2."""
     return torch.cat([torch.randint(2 * PADDING + 1, (*shape, 2), generator=generator),
                       torch.randint(2, (*shape, 1), generator=generator)], -1)
 
@@ -331,8 +337,10 @@ def multiplicities(draws):
 class Batches:
     """The training images of one run, as bytes on the device; batches are gathered by index.
 
-    An epoch takes the images `rows` of the data in one random order, cropped and flipped if the run says so. In bagging
-    by copies each member has images, crops and flips of its own.
+    An epoch takes the images `rows` of the data in one random order, cropped and flipped if the run says so. Bagging
+    has two forms. `weights`: the members share their batches, and an image's multiplicity in a member's bootstrap
+    weighs that member's loss. `resample`: each member has the images of its own bootstrap, with crops and flips of
+    their own, because batch norm must not see the images of others.
     """
 
     def __init__(self, run, data, rows):
@@ -361,7 +369,7 @@ class Batches:
     def take(self, rows):
         """Images (N, C, H, W), targets (N,) and weights (N, M), or None, of the rows (N,).
 
-        In bagging by copies images are (N, M, C, H, W) and targets (N, M).
+        In bagging `resample` images are (N, M, C, H, W) and targets (N, M).
         """
         batch = rows if self.draws is None else self.draws[rows]
         images = self.images[batch] if self.moves is None else crop_and_flip(self.images, batch, self.moves[rows])
@@ -382,7 +390,9 @@ class Batches:
 def joint_loss(member_logits, targets, lam):
     """Eq. 4: lambda CE(softmax of the mean logits) + (1 - lambda) mean of the members' CE.
 
-    member_logits (N, M, K); targets (N,), or probabilities (N, K). Its gradient is Eq. 9.
+    member_logits (N, M, K); targets (N,), or probabilities (N, K). Its gradient for the logits of member j is Eq. 9,
+    for K classes ((1 - lambda) q_j + lambda q-bar - y) / (N M). Eq. 5, the same loss through the diversity, is in
+    identities.py. This form is for reading; training computes the same in fast.joint_loss.
     """
     members = member_logits.shape[1]
     ensemble_loss = F.cross_entropy(member_logits.mean(1), targets)
@@ -393,8 +403,8 @@ def joint_loss(member_logits, targets, lam):
 def bagging_loss(member_logits, targets, weights=None):
     """Eq. 4 at lambda 0 where each member has a bootstrap of its own.
 
-    By copies: targets (N, M). By weights: targets (N,), and weights (N, M) with the number of times that each example
-    stands in each member's bootstrap.
+    `resample`: targets (N, M). `weights`: targets (N,), and weights (N, M), how often each example stands in each
+    member's bootstrap. For reading, as joint_loss is.
     """
     if targets.dim() == 1:
         targets = targets[:, None].expand(-1, member_logits.shape[1])
@@ -403,14 +413,14 @@ def bagging_loss(member_logits, targets, weights=None):
 
 
 def cross_entropies(member_logits, targets):
-    """The ensemble's cross entropy (N,), Eq. 3, and the members' (N, M); targets (N,)."""
+    """The cross entropy (N,) of the combined prediction, Eq. 3, and the members' (N, M); targets (N,)."""
     return (F.cross_entropy(member_logits.mean(1), targets, reduction="none"),
             F.cross_entropy(member_logits.transpose(1, 2), targets[:, None].expand(
                 -1, member_logits.shape[1]), reduction="none"))
 
 
-# What runs: fast.joint_loss gives the loss above and its cross entropies in one pass, with Eq. 9 written out;
-# fast.argmax is Tensor.argmax(-1). tests/test_fast.py holds them equal.
+# What runs: fast.joint_loss gives joint_loss or bagging_loss, and the cross entropies, in one pass, with Eq. 9 written
+# out; fast.argmax is Tensor.argmax(-1). tests/test_fast.py holds them equal.
 loss_and_cross_entropies, evaluation_cross_entropies, predicted = fast.joint_loss, fast.cross_entropies, fast.argmax
 
 # --- Ensembles -----------------------------------------------------------------------------------
@@ -419,9 +429,10 @@ loss_and_cross_entropies, evaluation_cross_entropies, predicted = fast.joint_los
 class Ensemble(nn.Module):
     """M networks of any kind: images (N, C, H, W), or (N, M, C, H, W) -> member logits (N, M, K).
 
-    make() builds one network; the generator's seed decides its initial weights, the global state does not. Images and
-    filters are laid out channels last, which convolutions prefer on a CPU and on a GPU. At precision bf16 the networks
-    run under autocast, with batch norm's statistics in fp32, and the logits come back as fp32.
+    DenseNets, ConvNets and networks of your own; the MLPs are one vectorised module of the same form. make() builds one
+    network; the generator's seed decides its initial weights, the global state does not. Images and filters are laid
+    out channels last, which convolutions prefer on a CPU and on a GPU. At precision bf16 the networks run under
+    autocast, with batch norm's statistics in fp32, and the logits come back as fp32.
     """
 
     def __init__(self, make, members, generator, precision="fp32"):
@@ -486,11 +497,11 @@ class Scores:
         self.ensemble += torch.stack([ensemble_loss.sum(), wrong.sum()])
 
     def summary(self):
-        """Means over the examples; diversity is the last term of Eq. 7, by that equation."""
+        """Means over the examples. Diversity, the last term of Eq. 7, is the mean member loss minus the ensemble's."""
         ensemble_loss, ensemble_error = (self.ensemble / self.n).tolist()
         member_loss, member_error = (self.members / self.n).cpu()
         mean_loss, mean_error = (float(one.numpy().mean()) for one in (member_loss, member_error))
-        if math.isnan(ensemble_loss):       # members with examples of their own have no ensemble
+        if math.isnan(ensemble_loss):       # in `resample` members have no example in common: fast.joint_loss
             ensemble_error = math.nan
         return {"ensemble_loss": ensemble_loss, "ensemble_error": ensemble_error,
                 "mean_member_loss": mean_loss, "mean_member_error": mean_error,
@@ -533,10 +544,11 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
     """Trains one run by the paper's protocol.
 
     With a validation split the reported epoch is the first with the lowest validation error of the ensemble; without
-    one it is the last. Returns the ensemble with the weights of that epoch; the history, a pair of `Scores.summary` per
-    epoch (training, running over the epoch's steps; and validation, or test without a validation split); the reported
-    epoch, counted from 1; and the test scores there. The last two are None if the loss stops being finite: the run has
-    diverged.
+    one it is the last. Returns the ensemble with the weights of that epoch; the history, two `Scores.summary` per epoch
+    (of the training steps, while the weights change; and of the validation split, or without one of the test set); the
+    reported epoch, counted from 1; and the test scores there. The last two are None if the loss stops being finite: the
+    run has diverged. `report(epoch, history)` is called after each epoch; `checkpoint` (folders.Checkpoint) keeps the
+    state; `eager` launches each step on CUDA instead of replaying a captured one.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(build, run, data)
@@ -600,7 +612,10 @@ def training_step(ensemble, optimizer, scores, lam, images, targets, weights=Non
 
 
 def stepper(run, ensemble, optimizer, scores, batches, eager=False):
-    """A function of rows (N,) that takes a training step; on CUDA it replays a captured one."""
+    """A function of rows (N,) that takes a training step; on CUDA it replays a captured one.
+
+    A captured step reads and writes fixed addresses. Therefore moves, rate and scores change in place.
+    """
     def step(rows):
         training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
 
@@ -613,7 +628,7 @@ def stepper(run, ensemble, optimizer, scores, batches, eager=False):
         raise Refused(f"{error}: add --eager") from error
 
 
-DIAGNOSIS = (3, 5)      # an epoch; a gap in points of error. Fixed before any run
+DIAGNOSIS = (3, 5)      # an epoch, the paper's; a gap in points of error, ours, fixed before any run
 
 
 def diagnose(label, errors):
@@ -648,78 +663,78 @@ def bytes_saved_for_backward(build, settings, shape, classes):
 
 
 def stack(ensemble, run, data):
-    """Stacking: a linear combiner on the M*K logits of the members, which stay as they are.
+    """Stacking: a linear combiner (K, M*K) with a bias (K,) on the logits of the members, which stay as they are.
 
-    The combiner starts at plain averaging and is penalised, by squared distance, for leaving it. The penalty with the
-    lowest cross-validated cross entropy is taken. The fits are in float64: the objective is so flat that rounding ends
-    a line search in float32 too early. Returns the test scores of the combination, as an ensemble of one; the penalties
-    with their cross-validated losses; and the chosen penalty, whether it lies at an end of the grid, and the number of
-    fits that did not converge.
+    The combiner starts at plain averaging and is penalised, by squared distance, for leaving it; the bias is free. The
+    penalty with the lowest cross-validated cross entropy is taken. The fits are in float64: the objective is so flat
+    that rounding ends a line search in float32 too early. Returns the test scores of the combination, as an ensemble of
+    one; the penalties with their cross-validated losses; and the chosen penalty, whether it lies at an end of the grid,
+    and the number of fits that did not converge.
     """
     s = run.settings
     training, validation = split(len(data.train_images), run.trial, s["validation"], s["train"])
-    rows = (validation if s["stacking"] == "validation" else training).to(data.device)
-    x = predict(ensemble, data, data.train_images[rows]).flatten(1).double()       # (n, M*K)
-    y = data.train_labels[rows]
+    fitted_on = (validation if s["stacking"] == "validation" else training).to(data.device)
+    x = predict(ensemble, data, data.train_images[fitted_on]).flatten(1).double()  # (n, M*K)
+    y = data.train_labels[fitted_on]
     averaging = torch.eye(data.classes, device=data.device, dtype=x.dtype).repeat(1, s["members"]) / s["members"]
     not_converged = 0
 
-    def objective(step, bias, rows, penalty):
-        """The penalised cross entropy of averaging + step (K, M*K) and bias (K,) over the examples where rows is 1."""
-        loss = F.cross_entropy(F.linear(x, averaging + step, bias), y, reduction="none")
-        return (loss * rows).sum() / rows.sum() + penalty * step.square().sum()
+    def objective(offset, bias, mask, penalty):
+        """The penalised cross entropy of averaging + offset and bias over the examples (n,) where mask is 1."""
+        loss = F.cross_entropy(F.linear(x, averaging + offset, bias), y, reduction="none")
+        return (loss * mask).sum() / mask.sum() + penalty * offset.square().sum()
 
     # The members' logits are so alike that the objective curves far more in some directions than in others. L-BFGS sees
-    # step @ root, in whose units it curves about equally in all: gram is the mean of p (1 - p) x x^T at averaging.
+    # offset @ factor, in whose units it curves about equally in all: gram is the mean of p (1 - p) x x^T at averaging.
     p = F.linear(x, averaging).softmax(1)
     gram = (x * (1 - p.square().sum(1, keepdim=True))).T @ x / (len(x) * data.classes)
+    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
 
-    def fit(start, rows, penalty):
-        """The step and the bias at the minimum: no entry of the gradient is above 0.002 of the largest at averaging.
+    def fit(start, mask, penalty):
+        """(offset, bias) at the minimum: no entry of the gradient is above 0.002 of the largest at averaging.
 
         For 256x4H the objective is then within 1e-4 of its minimum.
         """
         nonlocal not_converged
-        one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-        root = torch.linalg.cholesky(gram + max(2 * penalty, 1e-9 * gram.trace().item()) * one)
-        inverse = torch.linalg.solve_triangular(root, one, upper=False)
-        at = [(start[0] @ root).requires_grad_(), start[1].clone().requires_grad_()]
+        factor = torch.linalg.cholesky(gram + max(2 * penalty, 1e-9 * gram.trace().item()) * identity)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        whitened = [(start[0] @ factor).requires_grad_(), start[1].clone().requires_grad_()]
 
         def loss(at):
-            return objective(at[0] @ inverse, at[1], rows, penalty)
+            return objective(at[0] @ inverse, at[1], mask, penalty)
 
         def steepest(at):
             return max(slope.abs().max().item() for slope in torch.autograd.grad(loss(at), at))
 
         def closure():
             optimizer.zero_grad()
-            value = loss(at)
+            value = loss(whitened)
             value.backward()
             return value
 
-        enough = 0.002 * steepest([torch.zeros_like(value, requires_grad=True) for value in at])
-        optimizer = torch.optim.LBFGS(at, max_iter=1000, tolerance_grad=enough, tolerance_change=0,
+        tolerance = 0.002 * steepest([torch.zeros_like(value, requires_grad=True) for value in whitened])
+        optimizer = torch.optim.LBFGS(whitened, max_iter=1000, tolerance_grad=tolerance, tolerance_change=0,
                                       line_search_fn="strong_wolfe")
         optimizer.step(closure)
-        not_converged += not steepest(at) <= enough
-        return at[0].detach() @ inverse, at[1].detach()
+        not_converged += not steepest(whitened) <= tolerance        # nan does not converge either
+        return whitened[0].detach() @ inverse, whitened[1].detach()
 
     plain = torch.zeros_like(averaging), torch.zeros_like(averaging[:, 0])
     penalties = sorted(s["penalties"], reverse=True)        # from the strongest, each a warm start
     fold = torch.randperm(len(y), generator=run.generator("folds")).to(data.device) % s["folds"]
     losses = np.zeros(len(penalties))
     for k in range(s["folds"]):
-        fitted = plain
+        combiner = plain
         for i, penalty in enumerate(penalties):
-            fitted = fit(fitted, (fold != k).to(x.dtype), penalty)
-            losses[i] += objective(*fitted, (fold == k).to(x.dtype), 0).item() / s["folds"]
+            combiner = fit(combiner, (fold != k).to(x.dtype), penalty)
+            losses[i] += objective(*combiner, (fold == k).to(x.dtype), 0).item() / s["folds"]
     chosen = penalties[losses.argmin()]
-    step, bias = fit(plain, torch.ones_like(x[:, 0]), chosen)
+    offset, bias = fit(plain, torch.ones_like(x[:, 0]), chosen)
 
     test, targets = Scores(1, data.device), data.test_labels
     with torch.no_grad():
-        x = predict(ensemble, data, data.test_images).flatten(1).double()
-        logits = F.linear(x, averaging + step, bias).unsqueeze(1)                  # (N, 1, K)
+        test_x = predict(ensemble, data, data.test_images).flatten(1).double()
+        logits = F.linear(test_x, averaging + offset, bias).unsqueeze(1)           # (N, 1, K)
         test.add(logits, targets, *evaluation_cross_entropies(logits, targets))
     return (test.summary(), {"penalty": penalties, "cross_validated_loss": losses},
             {"penalty": chosen, "diverged_at_epoch": None, "fits_not_converged": not_converged,

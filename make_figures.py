@@ -679,12 +679,12 @@ TOLERANCES = {
 KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss")
 
 
-def read_csv(path):
+def read_csv(path, keys=KEYS):
     """The rows of a CSV by what they are of, such as a configuration and a method."""
     if not path.is_file():
         raise common.Refused(f"{path} is not there: draw it first, with `python make_figures.py`")
     with open(path, newline="", encoding="utf-8") as file:
-        return {tuple(row.get(key, "") for key in KEYS): row for row in csv.DictReader(file)}
+        return {tuple(row.get(key, "") for key in keys): row for row in csv.DictReader(file)}
 
 
 def compare(ours, theirs, wanted):

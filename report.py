@@ -137,6 +137,15 @@ def compared(values, printed, scope, reason):
             "within 0.5 points" if abs(mean - printed) <= 0.5 else "apart"]
 
 
+def spread():
+    """What rounding alone does to a test error, from the five runs of benchmarks/spread.py."""
+    path = folders.HERE / "expected" / "paper" / "spread.csv"
+    errors = [float(row["test_error_percent"]) for row in make_figures.read_csv(path, ["bit"]).values()]
+    return (f"A trial is a sample, not a constant: {len(errors)} runs of trial 0 of 1x1024H that differ in one bit of "
+            f"one initial weight gave {min(errors):.2f} to {max(errors):.2f} %, a standard deviation of "
+            f"{np.std(errors, ddof=1):.2f} points.")
+
+
 def diagnosis(runs):
     """Rows on what the members' training errors after epoch 3 say of end-to-end training, of runs of over 30 epochs."""
     numbers = Numbers(runs)
@@ -183,6 +192,7 @@ def page(runs, folder, made, judged):
     yield '<h2 id="numbers">The numbers that the paper prints</h2>'
     yield table("Test errors in per cent, mean over n trials with the 95 % interval; parameters are counts",
                 ["number", "paper", "here", "n", "difference", "verdict"], printed_numbers(runs, made))
+    yield paragraph(spread())
     yield '<h2 id="diagnosis">Early diagnosis</h2>'
     yield paragraph("The paper says that the members' training errors in the first epochs tell whether an ensemble is "
                     "over capacity for end-to-end training. Here the sign is that after epoch 3 of a run at λ = 1 the "

@@ -3,7 +3,7 @@
     python benchmarks/spread.py             # five runs of about 15 minutes of one core, in results/spread/
 
 Data, split, order and all other bits of the initial weights are equal. Prints the test error and the reported epoch of
-each run, and their standard deviation.
+each run and their standard deviation, and writes them to results/spread.csv; expected/paper/spread.csv is that file.
 """
 
 import sys
@@ -16,6 +16,7 @@ import study
 import common
 import fast
 import folders
+import make_figures
 import train_mlp_fmnist
 
 import numpy as np
@@ -50,11 +51,14 @@ def main():
     progress = study.Progress({run.path: 1.0 for run in to_do}, args.results, min(cores, RUNS))
     fast.in_processes(work, min(cores, len(to_do)), progress, (common.Refused, OSError))
     progress.close()
-    results = [folders.read_run(args.results / run.path)["result"] for run in runs]
-    errors = [100 * result["test_ensemble_error"] for result in results]
-    for error, result in zip(errors, results, strict=True):
-        print(f"test error {error:.2f} % (epoch {result['epoch']})")
-    print(f"standard deviation {np.std(errors, ddof=1):.2f} points")
+    records = [folders.read_run(args.results / run.path) for run in runs]
+    make_figures.write_csv(args.results / "spread.csv", [
+        {"bit": which, "test_error_percent": 100 * record["result"]["test_ensemble_error"],
+         "epoch": record["result"]["epoch"], "seconds": record["seconds"], "finished": record["finished"],
+         **record["machine"]} for which, record in enumerate(records)])
+    errors = [100 * record["result"]["test_ensemble_error"] for record in records]
+    print(f"test errors {', '.join(f'{error:.2f}' for error in errors)} %: standard deviation "
+          f"{np.std(errors, ddof=1):.2f} points; {args.results / 'spread.csv'}")
 
 
 if __name__ == "__main__":
