@@ -117,7 +117,7 @@ def check_fashion_mnist(raw, source):
 
 @contextlib.contextmanager
 def unpacking(name, target):
-    """A path to unpack into; then it gets its place under data/ in one step, so nobody sees half of it."""
+    """Yields a path to unpack into, which is then renamed to `target` in one step: nobody sees half of it."""
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DATA_DIR) as scratch:
@@ -286,9 +286,9 @@ DATASETS = {
 
 
 def split(n, trial, validation, train=None):
-    """Indices of the training and the validation images of one trial, as the authors draw them.
+    """Indices of the training and the validation images of one trial, as the authors' code draws them.
 
-    The split depends on the trial alone. Of the images left to train on, `train` draws so many.
+    All methods and lambdas of a trial share them. `train`, if given, keeps a random subset of that size.
     """
     generator = np.random.RandomState(trial)
     held_out = generator.choice(n, validation, replace=False)
@@ -340,7 +340,7 @@ class Batches:
     An epoch takes the images `rows` of the data in one random order, cropped and flipped if the run says so. Bagging
     has two forms. `weights`: the members share their batches, and an image's multiplicity in a member's bootstrap
     weighs that member's loss. `resample`: each member has the images of its own bootstrap, with crops and flips of
-    their own, because batch norm must not see the images of others.
+    their own, because batch norm must not see images that are not in the bootstrap.
     """
 
     def __init__(self, run, data, rows):
@@ -349,7 +349,7 @@ class Batches:
         self.images, self.labels = data.train_images[rows], data.train_labels[rows]
         self.order, self.augmentation = run.generator("order"), run.generator("augmentation")
         self.draws = self.counts = self.moves = None
-        if s.get("bagging"):
+        if s.get("bagging"):        # a setting of bagging runs alone
             draws = bootstraps(n, s["members"], run.generator("bootstrap")).to(device)      # (n, M)
             if s["bagging"] == "resample":
                 self.draws = draws
@@ -404,7 +404,7 @@ def bagging_loss(member_logits, targets, weights=None):
     """Eq. 4 at lambda 0 where each member has a bootstrap of its own.
 
     `resample`: targets (N, M). `weights`: targets (N,), and weights (N, M), how often each example stands in each
-    member's bootstrap. For reading, as joint_loss is.
+    member's bootstrap, 1 on average: the sum is over N, not over the weights. For reading, as joint_loss is.
     """
     if targets.dim() == 1:
         targets = targets[:, None].expand(-1, member_logits.shape[1])
@@ -419,8 +419,9 @@ def cross_entropies(member_logits, targets):
                 -1, member_logits.shape[1]), reduction="none"))
 
 
-# What runs: fast.joint_loss gives joint_loss or bagging_loss, and the cross entropies, in one pass, with Eq. 9 written
-# out; fast.argmax is Tensor.argmax(-1). tests/test_fast.py holds them equal.
+# What runs: faster forms, which tests/test_fast.py holds equal. loss_and_cross_entropies(member_logits, targets, lam,
+# weights=None) gives joint_loss, or bagging_loss, and both cross entropies without a gradient, (N,) and (N, M), in one
+# pass with Eq. 9 written out. evaluation_cross_entropies is cross_entropies; predicted(member_logits) is argmax(-1).
 loss_and_cross_entropies, evaluation_cross_entropies, predicted = fast.joint_loss, fast.cross_entropies, fast.argmax
 
 # --- Ensembles -----------------------------------------------------------------------------------
@@ -462,7 +463,7 @@ class Ensemble(nn.Module):
 
 @torch.no_grad()
 def distances(ensemble, untrained):
-    """(M,): how far each member of an `Ensemble` is from its initial weights, over their norm."""
+    """(M,): norm(weights - initial weights) / norm(initial weights) of each member: does it stagnate (Sec. 4)?"""
     def vector(member):
         return torch.cat([p.flatten() for p in member.parameters()])
     return torch.stack([(vector(one) - vector(other)).norm() / vector(other).norm()
@@ -475,7 +476,8 @@ def distances(ensemble, untrained):
 class Scores:
     """Losses and errors of the ensemble and of every member, summed over batches on the device.
 
-    Errors are exact counts over examples. Nothing reaches the host before `summary`.
+    Errors are exact counts over examples; every image counts once, in bagging too. Nothing reaches the host before
+    `summary`.
     """
 
     def __init__(self, members, device):
@@ -552,7 +554,7 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(build, run, data)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(        # a tenth after each share of the epochs
+    schedule = torch.optim.lr_scheduler.MultiStepLR(        # to a tenth after each share of the epochs
         optimizer, [math.ceil(share * s["epochs"]) for share in s["decay"]], 0.1)
     training, validation = (rows.to(data.device) for rows in split(
         len(data.train_images), run.trial, s["validation"], s["train"]))
@@ -594,8 +596,8 @@ def new_ensemble(build, run, data):
     s = run.settings
     ensemble = build(s, data.shape, data.classes, run.generator("initialisation")).to(data.device)
     if s.get("bagging") == "weights" and any(hasattr(part, "running_mean") for part in ensemble.modules()):
-        raise Refused(f"{run.label}: weighted bagging does not work with batch norm, whose statistics would be of all "
-                      "images: use --set bagging=resample")
+        raise Refused(f"{run.label}: weighted bagging does not work with batch norm, whose statistics would include "
+                      "images outside a member's bootstrap: use --set bagging=resample")
     rate = s["lr"] if data.device.type == "cpu" else torch.tensor(s["lr"], device=data.device)
     return ensemble, torch.optim.SGD(ensemble.parameters(), lr=rate, momentum=s["momentum"], nesterov=s["nesterov"],
                                      weight_decay=s["weight_decay"], fused=True)
@@ -614,7 +616,8 @@ def training_step(ensemble, optimizer, scores, lam, images, targets, weights=Non
 def stepper(run, ensemble, optimizer, scores, batches, eager=False):
     """A function of rows (N,) that takes a training step; on CUDA it replays a captured one.
 
-    A captured step reads and writes fixed addresses. Therefore moves, rate and scores change in place.
+    A captured step reads and writes fixed addresses. Therefore moves, rate and scores change in place; a shorter last
+    batch is taken eagerly; and what the trial steps of the capture change is put back.
     """
     def step(rows):
         training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
@@ -639,7 +642,7 @@ def diagnose(label, errors):
     (epoch, least), (first, second) = DIAGNOSIS, 100 * np.sort(errors)[:2]
     verdict = "OVER CAPACITY" if second - first >= least else "not over capacity"
     return (f"{label}: over epoch {epoch} the two best members have {first:.1f} and {second:.1f} % training error, "
-            f"{second - first:.1f} points apart ({least} are the sign): {verdict} for end-to-end training")
+            f"{second - first:.1f} points apart (threshold {least}): {verdict} for end-to-end training")
 
 
 def bytes_saved_for_backward(build, settings, shape, classes):
@@ -663,13 +666,14 @@ def bytes_saved_for_backward(build, settings, shape, classes):
 
 
 def stack(ensemble, run, data):
-    """Stacking: a linear combiner (K, M*K) with a bias (K,) on the logits of the members, which stay as they are.
+    """Stacking: a linear combiner (K, M*K) with a bias (K,) on the logits of frozen members, trained at lambda 0.
 
-    The combiner starts at plain averaging and is penalised, by squared distance, for leaving it; the bias is free. The
-    penalty with the lowest cross-validated cross entropy is taken. The fits are in float64: the objective is so flat
-    that rounding ends a line search in float32 too early. Returns the test scores of the combination, as an ensemble of
-    one; the penalties with their cross-validated losses; and the chosen penalty, whether it lies at an end of the grid,
-    and the number of fits that did not converge.
+    settings["stacking"] says on which images it is fitted, those of the validation or of the training split. It starts
+    at plain averaging and is penalised, by squared distance, for leaving it; the bias is free. The penalty with the
+    lowest cross-validated cross entropy is taken. The fits are in float64: the objective is so flat that rounding ends
+    a line search in float32 too early. Returns the test scores of the combination, as an ensemble of one; the penalties
+    with their cross-validated losses; and the chosen penalty, whether it lies at an end of the grid, and the number of
+    fits that did not converge.
     """
     s = run.settings
     training, validation = split(len(data.train_images), run.trial, s["validation"], s["train"])
@@ -684,16 +688,17 @@ def stack(ensemble, run, data):
         loss = F.cross_entropy(F.linear(x, averaging + offset, bias), y, reduction="none")
         return (loss * mask).sum() / mask.sum() + penalty * offset.square().sum()
 
-    # The members' logits are so alike that the objective curves far more in some directions than in others. L-BFGS sees
-    # offset @ factor, in whose units it curves about equally in all: gram is the mean of p (1 - p) x x^T at averaging.
+    # The members' logits are so alike that the objective curves far more in some directions than in others. L-BFGS
+    # works on offset @ factor, for which the Hessian is near the identity. gram (M*K, M*K) is the mean over examples
+    # and classes of p (1 - p) x x^T at averaging.
     p = F.linear(x, averaging).softmax(1)
     gram = (x * (1 - p.square().sum(1, keepdim=True))).T @ x / (len(x) * data.classes)
     identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
 
     def fit(start, mask, penalty):
-        """(offset, bias) at the minimum: no entry of the gradient is above 0.002 of the largest at averaging.
+        """(offset, bias) at the minimum: no entry of the whitened gradient is above 0.002 of the largest at averaging.
 
-        For 256x4H the objective is then within 1e-4 of its minimum.
+        For 256x4H at the paper's protocol the objective is then within 1e-4 of its minimum, measured for trial 0.
         """
         nonlocal not_converged
         factor = torch.linalg.cholesky(gram + max(2 * penalty, 1e-9 * gram.trace().item()) * identity)

@@ -137,6 +137,12 @@ def test_expected_paper_is_what_its_run_records_give(script, tmp_path):
                 assert same(mine[key], theirs[key]), (name, key, mine, theirs)
 
 
+def test_the_spread_of_one_trial_is_that_of_expected():
+    errors = [float(row["test_error_percent"]) for row in csv_rows("paper/spread.csv")]
+    said = f"{min(errors):.2f} to {max(errors):.2f} %, a standard deviation of {np.std(errors, ddof=1):.2f} points"
+    assert len(errors) == 5 and said in report.spread() and said in " ".join(PAGES["docs/open-questions.md"].split())
+
+
 def test_the_minutes_of_the_figures_are_those_of_expected_quick():
     """Minutes of one core: the sum over the runs of expected/quick that a figure draws."""
     seconds = {row["run"]: float(row["seconds"]) for row in csv_rows("quick/runs.csv")}

@@ -1,7 +1,10 @@
 """Seeds and splits, the training loop, its schedule, bagging, stacking, and what a run says when it fails."""
 
 import copy
+import importlib
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import study
@@ -342,3 +345,23 @@ def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkey
     for word in (words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members") if words else ("mat1",):
         assert word in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+# --- The spread of one trial (benchmarks/spread.py) ----------------------------------------------
+
+
+def test_five_runs_that_differ_in_one_bit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(folders.HERE / "benchmarks")
+    spread = importlib.import_module("spread")
+    settings, shape = SETTINGS | {"members": 1, "hidden": 8}, (1, 28, 28)
+    plain, *others = (experiment.build(settings, shape, 10, torch.Generator().manual_seed(1))
+                      for experiment in (EXPERIMENT, *map(spread.nudged, range(spread.RUNS))))
+    for which, other in enumerate(others):
+        changed = (plain.hidden_weight != other.hidden_weight).flatten().nonzero().flatten().tolist()
+        bits = (plain.hidden_weight.detach().view(torch.int32) - other.hidden_weight.detach().view(torch.int32)).abs()
+        assert changed == [which] and bits.sum() == 1 and torch.equal(plain.output_weight, other.output_weight)
+    done = subprocess.run([sys.executable, spread.__file__, "--preset", "smoke", "--epochs", "1"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "standard deviation" in done.stdout, done.stderr
+    rows = (tmp_path / "results" / "spread.csv").read_text().splitlines()
+    assert len(rows) == 1 + spread.RUNS and rows[0].startswith("bit,test_error_percent,epoch,seconds,finished,device")
