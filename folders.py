@@ -110,7 +110,7 @@ def load_data(name, policy, block, data_dir=None, may_download=True):
     description of the real data, by which finished runs are recognised.
     """
     dataset = common.DATASETS[name]
-    classes = block["classes"] or dataset.classes
+    classes = block.get("classes") or dataset.classes           # (runs of earlier versions have all)
     if classes > dataset.classes:
         raise Refused(f"classes {classes} is more than the {dataset.classes} of {name}: lower classes, or set null for "
                       "all")

@@ -235,6 +235,8 @@ def test_the_first_classes_of_a_data_set(cifar100):
         kept = [i for i, label in enumerate(all_labels.tolist()) if label < 30]
         assert labels.tolist() == all_labels[kept].tolist() and torch.equal(images, all_images[kept]) and len(kept) > 2
     assert torch.equal(data.mean, whole.mean)
+    for all_of_them in ({"classes": None}, {}):                 # {}: the settings of a run of an earlier version
+        assert folders.load_data("CIFAR-100", "real", block | all_of_them, folder).classes == 100
     stand_in = folders.load_data("CIFAR-100", "synthetic", block | {"classes": 7})
     assert stand_in.classes == 7 and stand_in.train_labels.unique().tolist() == list(range(7))
     with pytest.raises(Refused, match="classes 101 is more than the 100 of CIFAR-100"):
