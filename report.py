@@ -146,6 +146,14 @@ def spread():
             f"{np.std(errors, ddof=1):.2f} points.")
 
 
+def finished_runs(runs):
+    """How many of the training runs that the preset plans are finished."""
+    there = collections.Counter(row["run"].split("/")[1] for row in runs.every_run())
+    counts = (f"{there[name]} of {len(study.list_runs(runs.name, study.experiment_of(name), runs.block(name), {}))} of "
+              f"{name}" for name in (MLP, DENSENET, CONVNET))
+    return f"Finished runs: {', '.join(counts)}."
+
+
 def diagnosis(runs):
     """Rows on what the members' training errors after epoch 3 say of end-to-end training, of runs of over 30 epochs."""
     numbers = Numbers(runs)
@@ -182,6 +190,7 @@ def page(runs, folder, made, judged):
     yield paragraph(f"{claims.headline(judged)}.")
     counts = collections.Counter(claim.outcome.split(" (")[0].split(":")[0] for claim in judged)
     yield paragraph("All claims: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()) + ".")
+    yield paragraph(finished_runs(runs))
     yield verdicts(judged)
     yield "<nav><b>Contents</b><br>" + "".join(f'<a href="#{target}">{escape(text)}</a>' for target, text in (
         *((make_figures.stem(name), make_figures.title(name)) for name in made), ("numbers", "The paper's numbers"),

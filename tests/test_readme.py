@@ -109,6 +109,10 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
             continue
         checked += 1
     assert checked >= 6
+    runs = FinishedRuns(ROOT / "expected/paper/results", "paper", "example")
+    count = f"{len(csv_rows('paper/runs.csv'))} of 120"
+    assert f"{count} runs are finished" in README and f"Finished runs: {count} of mlp_fmnist" in (
+        report.finished_runs(runs))
 
 
 def same(one, other):
