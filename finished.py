@@ -209,7 +209,8 @@ class FinishedRuns:
             trained_in(record["experiment"]) for record in self.used.values())), strict=True)
         devices, commits = (", ".join(sorted({str(record["machine"][key]) for record in self.used.values()}))
                             for key in ("device", "commit"))
-        return "\n".join([*data, f"{devices} · commit {commits}", *filter(None, reductions)])
+        commits = commits if commits.startswith("no commit") else f"commit {commits}"
+        return "\n".join([*data, f"{devices} · {commits}", *filter(None, reductions)])
 
     def _provenance_of(self, experiment):
         """A line on the data and the size of one experiment, and one on what was reduced, or ""."""

@@ -197,13 +197,23 @@ def bf16_is_fast(device):
 
 @functools.cache        # of the code that runs, whatever is changed while it runs
 def commit():
-    """The git commit of the code, marked if it was changed since; None outside a checkout."""
+    """The git commit of the code, marked if it was changed since; or why there is none.
+
+    Git is believed if the package's folder is the top of its checkout: another repository around it has other commits.
+    """
+    def git(*arguments):
+        own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+        return subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, env=own)
+
     try:
-        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty", "--exclude=*"],
-                             capture_output=True, text=True)
+        top = git("rev-parse", "--show-toplevel")
     except OSError:
-        return None
-    return git.stdout.strip() or None
+        return "no commit: git is not installed"
+    if "dubious ownership" in top.stderr:
+        return "no commit: git refuses (dubious ownership)"
+    if top.returncode or Path(top.stdout.strip()).resolve() != HERE:
+        return "no commit: not a checkout"
+    return git("describe", "--always", "--dirty", "--exclude=*").stdout.strip() or "no commit: an empty checkout"
 
 
 def machine(device):
@@ -243,7 +253,7 @@ def write_run(run, results, data, began, arrays, result, ensemble=None):
 
 
 class Damaged(Refused):
-    """A file of a run folder is not as it was written."""
+    """A file of a run folder is not as it was written. (A file that cannot be read, OSError, may be whole.)"""
 
 
 def damaged(path, why):
@@ -261,7 +271,7 @@ def read_run(folder):
         return record
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise damaged(path, "it has no seal" if isinstance(error, KeyError) else error) from error
 
 
@@ -270,8 +280,8 @@ def read_file(folder, name):
     path, record = folder / name, read_run(folder)
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise damaged(path, error.strerror) from error
+    except FileNotFoundError as error:
+        raise damaged(path, "it is not there") from error
     if record is None or hashlib.sha256(content).hexdigest() != record["sha256"].get(name):
         raise damaged(path, "it does not have the checksum in run.json")
     return io.BytesIO(content)

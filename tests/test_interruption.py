@@ -1,6 +1,7 @@
 """An interrupted run goes on from its checkpoint, and nothing that is damaged is used."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -210,6 +211,23 @@ def test_a_damaged_run_is_never_read_and_is_made_anew(script, folder, name, dama
     assert (aside / name).read_bytes() == damage(whole[name])
     assert all((folder / other).read_bytes() == whole[other] for other in ("history.npz", "weights.pt"))
     assert "0 of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
+
+
+@pytest.mark.parametrize("name", ["run.json", "history.npz"])
+def test_a_file_that_cannot_be_read_is_not_damaged(script, folder, monkeypatch, name):
+    """A bad night of the network ends the command; nothing is set aside or trained again."""
+    for method in ("read_text", "read_bytes"):
+        read = getattr(Path, method)
+
+        def fails(path, *arguments, read=read, **others):
+            if path.name == name:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return read(path, *arguments, **others)
+        monkeypatch.setattr(Path, method, fails)
+    before = sorted(Path().rglob("*"))
+    status, _, err = script(train_mlp_fmnist, *SHORT)
+    assert status == 2 and "Stale file handle" in err and name in err and err.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_damaged_measurement_is_made_anew(script, folder):

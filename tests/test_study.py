@@ -550,3 +550,22 @@ def test_common_is_what_every_table_counts():
     c = presets.experiment_settings(presets.load_preset("paper"), "paper", "densenet_cifar")
     settings = c["configurations"]["DN-High"] | {"batch": c["batch"]}
     assert common.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9
+
+
+@pytest.mark.parametrize("where, said", [("checkout", None), ("inside another", "no commit: not a checkout"),
+                                         ("nowhere", "no commit: not a checkout"), ("GIT_DIR", None)])
+def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch, where, said):
+    def git(folder, *arguments):
+        return subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+                              check=True, capture_output=True, text=True).stdout.strip()
+    package = tmp_path / "package"
+    package.mkdir()
+    other = {"inside another": tmp_path, "checkout": package, "GIT_DIR": package}.get(where)
+    if other:
+        git(other, "init", "-q")
+        git(other, "commit", "-q", "--allow-empty", "-m", "one")
+        said = said or git(package, "describe", "--always")
+    if where == "GIT_DIR":
+        monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))
+    monkeypatch.setattr(folders, "HERE", package)
+    assert folders.commit.__wrapped__() == said
