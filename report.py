@@ -218,6 +218,8 @@ def page(runs, folder, made, judged):
         for claim in judged if claim.name not in EMPIRICAL for part in claim.parts])
     yield '<h2 id="made">Made with</h2>'
     packages = ", ".join(f"{name} {here[name]}" for name in ("torch", "torchvision", "numpy"))
+    made_on, made_by = (", ".join(sorted({str(row[key]) for row in runs.every_run()})) for key in ("device", "commit"))
+    yield paragraph(f"The runs were made on {made_on or 'no machine yet'}, by the code of commit {made_by or 'none'}.")
     yield paragraph(f"{now:%Y-%m-%d %H:%M}, from {runs.results / runs.name}. Python {here['python']}, {packages}; "
                     f"code: {here['commit']}. run.json of each run and runs.csv have the versions that made it; "
                     "docs/open-questions.md has what the paper leaves open and what was taken here.")
