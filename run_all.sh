@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Regenerates the paper's tables and figures, or runs the tests. Needs Python 3.11 or newer and pip.
 #
-#   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, say what holds
+#   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, judge the claims
 #   bash run_all.sh test                                    the tests
 #
 # Options, as in the scripts: --data real|auto|synthetic, --data-dir DIR, --results DIR, --figures-dir DIR,

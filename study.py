@@ -337,7 +337,11 @@ def runs_at_once(experiment, runs, data, jobs, cores):
 
 
 def duration(s):
-    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.1f} h"
+    """Seconds as text."""
+    for unit, seconds, most in (("s", 1, 100), ("min", 60, 100)):
+        if s < most * seconds:
+            return f"{s / seconds:.0f} {unit}"
+    return f"{s / 3600:.1f} h" if s < 100 * 3600 else f"{s / 86400:.0f} days"
 
 
 class Progress:
@@ -635,8 +639,8 @@ def command_line(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:                # a folder went away, or may not be read
-        print(f"error: {error}; finished runs are kept: give the same command again once this is mended",
-              file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"error: {what}; finished runs are kept: mend this, and give the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         print("\nstopped; finished runs are kept, and of the others all but the last minute or epoch: give the same "
