@@ -215,7 +215,7 @@ def in_processes(work, count, say, expected):
         for worker in workers.values():
             worker.terminate()
         for worker in workers.values():
-            worker.join(5)
+            worker.join(30)
             worker.kill()                       # if the signal was lost on it: what it leaves is as after a kill -9
             worker.join()
 

@@ -83,9 +83,9 @@ def find_data(name, policy, data_dir=None, may_download=True):
     if data_dir is not None:
         data = dataset.read(Path(data_dir)) if Path(data_dir).is_dir() else None
         if data is None:
-            state = "holds no file of it" if Path(data_dir).is_dir() else "is not a folder"
-            raise Refused(f"--data-dir {data_dir} {state}: {name} was expected there; {dataset.ways}, or leave "
-                          "--data-dir out to download it")
+            state = f"has no files of {name}" if Path(data_dir).is_dir() else f"is not a folder with {name}"
+            raise Refused(f"--data-dir {data_dir} {state}: put them there, or leave --data-dir out to download them, "
+                          f"or {dataset.ways}")
         return data
     for folder in (common.DATA_DIR, dataset.system):
         if folder is not None and (data := dataset.read(folder)):
@@ -257,8 +257,8 @@ class Damaged(Refused):
 
 
 def damaged(path, why):
-    return Damaged(f"{path} is damaged ({why}): give the command that made this run again, which sets the run aside "
-                   f"and makes it anew; or remove {path.parent}")
+    return Damaged(f"{path} is damaged ({why}): repeat the command that made this run, which keeps the files aside and "
+                   f"trains the run again; or remove {path.parent}")
 
 
 def read_run(folder):
@@ -269,7 +269,7 @@ def read_run(folder):
         if record["seal"] != seal(record):
             raise ValueError("it was changed after it was written")
         return record
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise damaged(path, "it has no seal" if isinstance(error, KeyError) else error) from error

@@ -38,7 +38,7 @@ plt.rcParams.update({
     "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.alpha": 0.3, "pdf.fonttype": 42, "legend.frameon": False,
 })
-# Okabe and Ito's colours, which colour-blind readers can tell apart; marker and dash tell them apart in grey.
+# Okabe and Ito's colours, for colour-blind readers; markers and dashes tell them apart in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
           {"color": ORANGE, "marker": "s", "linestyle": "--"},
@@ -592,9 +592,9 @@ def save_figure(fig, rows, provenance, path, at_chance=False):
 
     rows are those of the CSV, or of several, by what is added to the path.
     """
+    width, height = fig.get_size_inches()
     if fig.axes[0].get_legend_handles_labels()[0] and not fig.legends:
         fig.axes[0].legend()
-    width, height = fig.get_size_inches()
     foot = [part for line in provenance.split("\n") for part in textwrap.wrap(line, int(18.5 * width))]
     if len(foot) > 3:
         foot = [*foot[:2], textwrap.shorten(foot[2], int(18.5 * width) - 23, placeholder="") + " … (all in the CSV)"]
@@ -682,16 +682,15 @@ KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "d
 def read_csv(path, keys=KEYS):
     """The rows of a CSV by what they are of, such as a configuration and a method."""
     if not path.is_file():
-        raise common.Refused(f"{path} is not there: draw it first, with `python make_figures.py`")
+        raise common.Refused(f"{path} does not exist: draw that figure first, with the same --preset and --figures-dir")
     with open(path, newline="", encoding="utf-8") as file:
         return {tuple(row.get(key, "") for key in keys): row for row in csv.DictReader(file)}
 
 
 def compare(ours, theirs, wanted):
     """Prints which numbers in the CSV files of two folders are apart; returns an exit status, 0 if none is."""
-    if not theirs.is_dir():
-        raise common.Refused(f"--compare {theirs} is not a folder: expected one with the CSV files of figures, such as "
-                             "expected/quick")
+    if not any(theirs.glob("*.csv")):
+        raise common.Refused(f"--compare {theirs} is not a folder with the CSV files of figures: try expected/quick")
     total = near = 0
     for path in (path for name in wanted for path in sorted(theirs.glob(f"{stem(name)}*.csv"))):
         mine, apart = read_csv(ours / path.name), []
@@ -721,7 +720,7 @@ def parser(description):
     p.add_argument("--figures-dir", type=Path, default=Path("figures"), metavar="DIR",
                    help="the folder of the figures (default: figures)")
     p.add_argument("--drop", default="example", choices=robustness.DROPS,
-                   help="draw Figs 7 and 8 from robustness.py --drop HOW (default: example)")
+                   help="how the members of Figs 7 and 8 were dropped: the --drop of robustness.py (default: example)")
     return p
 
 

@@ -16,7 +16,7 @@ def known(word, words, what):
     """`word` if it is one of `words`; otherwise a refusal that names the nearest of them."""
     if word in (words := [str(w) for w in words]):
         return word
-    close = difflib.get_close_matches(str(word), words, 1, 0.3)
+    close = difflib.get_close_matches(str(word), words, 1, 0.4)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise Refused(f"unknown {what} '{word}': expected one of {', '.join(words)}{hint}")
 

@@ -14,6 +14,7 @@ once: the logits summed along the order are those of its first 1, 2, ... M membe
 
 import contextlib
 import hashlib
+import shlex
 import time
 
 import study
@@ -133,9 +134,10 @@ def main():
                            for key in block.get("configurations", [])], "configuration")
     trained = list(trained_runs(preset, args))
     if not trained:
-        command = f"python train_mlp_fmnist.py --preset {preset} --figure {' '.join(args.figure or FIGURES)}"
-        raise common.Refused(f"{args.results / preset} holds no trained weights of that selection: make them with "
-                             f"`{command}`")
+        command = (f"python train_mlp_fmnist.py --preset {preset} --figure {' '.join(args.figure or FIGURES)} "
+                   f"--results {shlex.quote(str(args.results))}")
+        raise common.Refused(f"{args.results / preset} holds no trained weights of that selection (presets.yaml keeps "
+                             f"those of a few lambdas): make them with `{command}`")
     runs = [robustness_run(record, folder, args.drop, blocks["robustness"]["repeats"], args.seed)
             for record, folder in trained]
     to_do = [run for run in runs if folders.to_be_done(run, args.results)]

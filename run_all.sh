@@ -3,6 +3,8 @@
 #
 #   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, judge the claims
 #   bash run_all.sh test                                    the tests
+
+The default preset is short with a CUDA GPU, otherwise quick.
 #
 # Options, as in the scripts: --data real|auto|synthetic, --data-dir DIR, --results DIR, --figures-dir DIR,
 # --device auto|cpu|cuda, --seed N, --jobs N, --eager, --deterministic, --dry-run (print the plan and stop).

@@ -163,8 +163,8 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
                 keep = method == "joint" and (lam in c["weights"] or (lam == 0 and stacked))
                 runs.append(Run(preset, experiment.name, name, method, lam, trial, settings, keep))
     if not runs:
-        raise Refused("no run is left of this selection (bagging, stacking and independent need more than one "
-                      "member): name other configurations, methods or figures")
+        raise Refused("no run matches this selection of configurations, methods, lambdas and figures (bagging, "
+                      "stacking and independent need more than one member); see --dry-run without it")
     return runs
 
 
@@ -469,11 +469,12 @@ def parser(description):
     p = Parser(description)
     p.add_argument("--preset", help="a block of presets.yaml: paper, short, quick or smoke (default: short if torch "
                    "can use a CUDA GPU, else quick)")
-    p.add_argument("--figure", nargs="+", metavar="F", help="only the runs of these figures and tables: 2, table2")
+    p.add_argument("--figure", nargs="+", metavar="F", help="only the runs of these figures and tables, by "
+                   "their names in FIGURES of the script")
     p.add_argument("--only", nargs="+", metavar="NAME", help="only these configurations")
     p.add_argument("--lambdas", nargs="+", type=argument(float, presets.LAMBDA), metavar="L",
                    help="only joint training, at these lambdas, numbers in [0, 1]")
-    p.add_argument("--trials", type=WHOLE, metavar="N", help="the first N trials")
+    p.add_argument("--trials", type=WHOLE, metavar="N", help="only the first N trials (default: the preset's)")
     p.add_argument("--data-dir", metavar="DIR", help="a folder with the real data (default: data/, then the system's "
                    "package, then a download into data/)")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
@@ -493,22 +494,23 @@ def training_parser(description):
     p = parser(description)
     p.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
                    help=f"only these methods: {', '.join(METHODS)}")
-    p.add_argument("--epochs", type=WHOLE, metavar="N", help="the number of epochs")
+    p.add_argument("--epochs", type=WHOLE, metavar="N", help="the number of epochs (default: the preset's)")
     p.add_argument("--data", choices=presets.POLICIES, help="real: the real data, or stop; auto: the stand-in if "
                    "the download takes more than 5 minutes; synthetic: the stand-in (default: the preset's)")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values than the preset's, e.g. "
                    "bagging=resample, or CONFIGURATION.KEY=VALUE for one configuration")
     p.add_argument("--tune", action="store_true", help="tune the learning rate of each configuration and lambda on "
-                   "validation error, as the authors did, and print the rates as presets.yaml takes them")
-    p.add_argument("--threads", type=WHOLE, default=1, metavar="N", help="threads per run (default: 1): one run ends "
-                   "sooner, a study later; last digits differ from those of one thread")
+                   "validation error, as the authors did, and print the rates in the format of presets.yaml")
+    p.add_argument("--threads", type=WHOLE, default=1, metavar="N", help="threads per run (default: 1): more speed "
+                   "up one run, slow down a whole study, and change the last digits")
     rule = (lambda x: len(x) == 2 and 0 <= x[0] < x[1], "I/N with I from 0 to N - 1, such as 0/4")
     p.add_argument("--shard", type=argument(lambda text: tuple(map(int, text.split("/"))), rule), default=(0, 1),
                    metavar="I/N", help="only part I, from 0, of N parts of the runs: for machines that share no folder")
-    p.add_argument("--eager", action="store_true", help="on CUDA, launch each step instead of replaying a captured one")
-    p.add_argument("--deterministic", action="store_true", help="on CUDA, only kernels that give the same numbers "
-                   "every time; on a CPU all do")
-    p.add_argument("--fetch", action="store_true", help="get the data and stop; exit status 3: the stand-in was taken")
+    p.add_argument("--eager", action="store_true", help="on CUDA, do not use CUDA graphs: launch each step (slower)")
+    p.add_argument("--deterministic", action="store_true", help="on CUDA, use only kernels that repeat exactly; on "
+                   "a CPU all do")
+    p.add_argument("--fetch", action="store_true", help="get the data and stop; exit status 3 if synthetic images must "
+                   "be used instead")
     return p
 
 

@@ -51,7 +51,7 @@ def refused(outcome, *words):
     (MLP, "--figure 33", ["figure or table '33'", "2, 3, 6, 7, 8, 9", "did you mean 3?"]),
     (MLP, "--figure 2 4", ["'4'", "2, 3, 6, 7, 8, 9"]),                     # 4 is of the ConvNets
     (DENSENET, "--figure tabel2", ["'tabel2'", "did you mean table2?"]),
-    (MLP, "--figure 2 --only 16x64H", ["no run is left", "figures"]),
+    (MLP, "--figure 2 --only 16x64H", ["no run matches", "figures"]),
     (MLP, "--lambdas 1.5", ["'1.5'", "[0, 1]"]),
     (MLP, "--lambdas nan", ["'nan'", "[0, 1]"]),
     (MLP, "--lambdas 0.5 0.9999999", ["'0.9999999'", "six digits"]),
@@ -74,7 +74,7 @@ def refused(outcome, *words):
     (MLP, "--set penalties=[1,-1]", ["penalties=[1,-1]", "a list, not empty, each entry a number above 0"]),
     (MLP, "--set folds=600", ["folds 600", "500 images", "lower folds"]),
     (MLP, "--set momentum=0 nesterov=true", ["nesterov needs momentum"]),
-    (MLP, "--only 1x1024H --methods bagging", ["no run is left", "name other configurations"]),
+    (MLP, "--only 1x1024H --methods bagging", ["no run matches", "no run matches"]),
     (MLP, "--data-dir nowhere", ["nowhere", "synthetic", "--data real"]),
     (MLP, "--data real --data-dir nowhere", ["nowhere", "not a folder", "Fashion-MNIST"]),
     (DENSENET, "--tune", ["--tune", "validation is 0", "--set validation=N"]),
@@ -115,7 +115,7 @@ def test_more_images_than_there_are(script, monkeypatch, size):
 
 def test_an_empty_data_folder(script, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    refused(script(MLP, *SMALL, "--data", "real", "--data-dir", empty), str(empty), "no file of it", "apt-get install")
+    refused(script(MLP, *SMALL, "--data", "real", "--data-dir", empty), str(empty), "has no files of Fashion-MNIST", "apt-get install")
 
 
 def test_a_gpu_must_be_there_and_trains_one_run_at_a_time(script, monkeypatch):
@@ -148,7 +148,7 @@ def tiny(presets):
     (lambda p: tiny(p).update(lr={0.5: 1}), ["256x4H.lr", "per range of lambda"]),
     (lambda p: tiny(p).update(lr={0.9999999: 1, 1: 1}), ["256x4H.lr", "per range of lambda"]),
     (lambda p: [c.update(methods=["bagging"], members=1) for c in
-                p["paper"]["mlp_fmnist"]["configurations"].values()], ["no run is left"]),
+                p["paper"]["mlp_fmnist"]["configurations"].values()], ["no run matches"]),
 ])
 def test_bad_presets(script, monkeypatch, tmp_path_factory, change, words):
     there, load_preset = yaml.safe_load((folders.HERE / "presets.yaml").read_text()), presets.load_preset
