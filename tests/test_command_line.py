@@ -115,7 +115,8 @@ def test_more_images_than_there_are(script, monkeypatch, size):
 
 def test_an_empty_data_folder(script, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    refused(script(MLP, *SMALL, "--data", "real", "--data-dir", empty), str(empty), "has no files of Fashion-MNIST", "apt-get install")
+    refused(script(MLP, *SMALL, "--data", "real", "--data-dir", empty), str(empty), "has no files of Fashion-MNIST",
+            "apt-get install")
 
 
 def test_a_gpu_must_be_there_and_trains_one_run_at_a_time(script, monkeypatch):
