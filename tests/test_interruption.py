@@ -200,7 +200,8 @@ def folder(trained, script):
 def test_a_damaged_run_is_never_read_and_is_made_anew(script, folder, name, damage):
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / name).write_bytes(damage(whole[name]))
-    with pytest.raises(folders.Damaged, match=f"{folder / name} is damaged .* sets the run aside .* remove {folder}$"):
+    with pytest.raises(folders.Damaged,
+                       match=f"{folder / name} is damaged .* keeps the files aside .* remove {folder}$"):
         folders.whole_run(folder)
     if name != "history.npz":           # which robustness.py does not read
         status, _, err = script(robustness, *SELECT)

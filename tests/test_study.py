@@ -135,7 +135,7 @@ def test_comparing_with_what_was_expected(study, script, tmp_path):
     status, _, err = script(make_figures, *flags, tmp_path / "nothing")
     assert status == 2 and err.count("\n") == 1 and "is not a folder" in err
     status, _, err = script(make_figures, "--preset", "smoke", "--compare", expected)
-    assert status == 2 and "is not there: draw it first" in err
+    assert status == 2 and "does not exist: draw that figure first" in err
 
 
 def test_a_run_says_all_that_decided_its_numbers(study):
