@@ -36,7 +36,7 @@ img { max-width: 100%; height: auto; } summary { cursor: pointer; }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; font-size: .82rem; }
 @media (max-width: 40rem) { body { padding: .6rem; } table { font-size: .8rem; } th, td { padding: .2rem .3rem; } }
 @page { margin: 11mm; }
-@media print { body { max-width: none; font-size: 8.5pt; padding: 0; } h2, h3 { margin: .8rem 0 .3rem; }
+@media print { body { max-width: none; font: 8pt/1.3 sans-serif; padding: 0; } h2, h3 { margin: .8rem 0 .3rem; }
   table { font-size: 7pt; line-height: 1.2; } .table { overflow: visible; margin: .4rem 0; } p { margin: .3rem 0; }
   th, td { padding: .1rem .3rem; } section { display: inline-block; width: 48%; margin-right: 1%; vertical-align: top; }
   section.wide { width: 100%; } section pre, nav { display: none; }
