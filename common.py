@@ -264,12 +264,10 @@ class Dataset:
     ways: str             # other ways to get it, for a message
 
 
-def _cifar(name, classes, md5, read_binary=lambda folder: None):
-    forms = f"{name.lower()}-python.tar.gz" + " or cifar-100-binary.tar.gz" * (classes == 100)
-    return Dataset({"name": name, "source": "real", "md5": md5},
-                   lambda folder: read_cifar(name, folder) or read_binary(folder), None, name.replace("-", ""), classes,
-                   (3, 32, 32), 50_000, 10_000, f"put {forms} of the data set's site into a folder and pass --data-dir "
-                   "FOLDER")
+def _cifar(name, classes, md5, read, archives):
+    return Dataset({"name": name, "source": "real", "md5": md5}, read, None, name.replace("-", ""), classes,
+                   (3, 32, 32), 50_000, 10_000,
+                   f"put {archives} of the data set's site into a folder and pass --data-dir FOLDER")
 
 
 DATASETS = {
@@ -278,8 +276,11 @@ DATASETS = {
         read_fashion_mnist, Path("/usr/share/datasets/fashion-mnist"), "FashionMNIST", 10, (1, 28, 28), 60_000, 10_000,
         "`apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or put the four files *-ubyte.gz into a folder and "
         "pass --data-dir FOLDER"),
-    "CIFAR-100": _cifar("CIFAR-100", 100, "eb9058c3a382ffc7106e4002c42a8d85", read_cifar_100_binary),
-    "CIFAR-10": _cifar("CIFAR-10", 10, "c58f30108f718f92721af3b95e74349a"),
+    "CIFAR-100": _cifar("CIFAR-100", 100, "eb9058c3a382ffc7106e4002c42a8d85",
+                        lambda folder: read_cifar("CIFAR-100", folder) or read_cifar_100_binary(folder),
+                        "cifar-100-python.tar.gz or cifar-100-binary.tar.gz"),
+    "CIFAR-10": _cifar("CIFAR-10", 10, "c58f30108f718f92721af3b95e74349a",
+                       lambda folder: read_cifar("CIFAR-10", folder), "cifar-10-python.tar.gz"),
 }
 
 # --- Splits, augmentation, batches ---------------------------------------------------------------

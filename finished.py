@@ -116,8 +116,10 @@ class FinishedRuns:
                 yield from ((f"robustness-{self.drop}", *key) for key in keys)
 
     def missing(self, figure):
+        """The planned runs that are not finished; of Fig. 5, which draws filters, also those without weights."""
+        file = "weights.pt" if figure == "5" else "run.json"
         return [(*kind, trial) for *kind, trial in self.planned(figure)
-                if not Path(self.results, self.name, *kind, f"trial{trial}", "run.json").exists()]
+                if not Path(self.results, self.name, *kind, f"trial{trial}", file).exists()]
 
     @property
     def results_flag(self):

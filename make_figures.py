@@ -47,6 +47,7 @@ STYLES = [{"color": BLUE, "marker": "o", "linestyle": "-"},
           {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))}]
 PAPER = {"linestyle": "none", "marker": "*", "markersize": 11, "markerfacecolor": "white",
          "markeredgecolor": "black", "zorder": 5}
+AT_CHANCE = "at the level of guessing: shows nothing"
 
 # --- Figures -------------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ def single_network(ax, runs, rows):
 
 
 def n_of(rows):
-    """How many trials the rows of a figure have, for its title."""
+    """How many trials the rows of a figure have."""
     return f"n = {trials_of(row['n'] for row in rows)}"
 
 
@@ -237,7 +238,7 @@ def fig4(runs):
     ax.set_xticks(sorted(every), [f"{lam:g}" for lam in sorted(every)])
     ax.set_xlabel("λ  (0: independent, 1: end-to-end)")
     ax.set_ylabel("test error (%)")
-    ax.set_title(f"Ensembles of 16 ConvNets, {n_of(rows)}")
+    ax.set_title(f"ConvNet ensembles, {n_of(rows)}")
     fig.legend(loc="outside upper center", ncols=3)
     return fig, rows
 
@@ -268,7 +269,7 @@ def fig5(runs):
     for method in sides:
         for record, history in runs.histories(CONVNET, configuration, method):
             folder = runs.results / runs.name / CONVNET / configuration / method / f"trial{record['trial']}"
-            if not (folder / "weights.pt").exists():
+            if not (folder / "weights.pt").exists():                # FinishedRuns.missing names it
                 continue
             filters = first_layer(folder, record)
             norms = filters.flatten(1).norm(dim=1).tolist()
@@ -278,6 +279,8 @@ def fig5(runs):
                    for m, norm in enumerate(norms)]
             rows += own
             shown.setdefault(method, (record, filters.numpy(), own))        # the first trial is drawn
+    if not shown:
+        runs.begin()                                                # nothing is used, so that nothing is drawn
     fig, axes = plt.subplots(3, max(1, len(shown)), figsize=(4.8, 5), height_ratios=[3, 1, 1], sharex="col",
                              sharey="row", squeeze=False)
     # Full black and white belong to the largest in 200: one filter of a strong member would leave all others grey.
@@ -584,9 +587,6 @@ def save_table(table, provenance, path, at_chance=False):
     write_csv(path.with_suffix(".csv"), with_provenance(table.rows, provenance))
 
 
-AT_CHANCE = "at the level of guessing: shows nothing"
-
-
 def save_figure(fig, rows, provenance, path, at_chance=False):
     """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot, in three lines.
 
@@ -597,7 +597,7 @@ def save_figure(fig, rows, provenance, path, at_chance=False):
         fig.axes[0].legend()
     foot = [part for line in provenance.split("\n") for part in textwrap.wrap(line, int(18.5 * width))]
     if len(foot) > 3:
-        foot = [*foot[:2], textwrap.shorten(foot[2], int(18.5 * width) - 23, placeholder="") + " … (all in the CSV)"]
+        foot[2:] = [textwrap.shorten(foot[2], int(18.5 * width) - 23, placeholder="") + " … (all in the CSV)"]
     bottom = (0.06 + 0.12 * len(foot)) / height
     fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=7, color=GREY)
@@ -606,7 +606,8 @@ def save_figure(fig, rows, provenance, path, at_chance=False):
                  va="center", bbox={"facecolor": "white", "edgecolor": ORANGE, "alpha": 0.85})
     for name, table in (rows if isinstance(rows, dict) else {"": rows}).items():
         write_csv(path.with_name(f"{path.name}{name}.csv"), with_provenance(table, provenance))
-    for kind, options in (("png", {"dpi": 200}), ("pdf", {"metadata": {"CreationDate": None}})):
+    for kind, options in (("png", {"dpi": 200, "metadata": {"Software": None}}),
+                          ("pdf", {"metadata": dict.fromkeys(("CreationDate", "Creator", "Producer"))})):
         folders.write(path.with_suffix(f".{kind}"), lambda file, kind=kind, options=options: fig.savefig(
             file, format=kind, **options))
 
@@ -679,12 +680,12 @@ TOLERANCES = {
 KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss")
 
 
-def read_csv(path, keys=KEYS):
+def read_csv(path):
     """The rows of a CSV by what they are of, such as a configuration and a method."""
     if not path.is_file():
         raise common.Refused(f"{path} does not exist: draw that figure first, with the same --preset and --figures-dir")
     with open(path, newline="", encoding="utf-8") as file:
-        return {tuple(row.get(key, "") for key in keys): row for row in csv.DictReader(file)}
+        return {tuple(row.get(key, "") for key in KEYS): row for row in csv.DictReader(file)}
 
 
 def compare(ours, theirs, wanted):

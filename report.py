@@ -7,6 +7,7 @@ Trains nothing; draws and judges as claims.py does.
 
 import base64
 import collections
+import csv
 import datetime
 import sys
 from html import escape
@@ -141,15 +142,18 @@ def compared(values, printed, scope, reason):
 def spread():
     """What rounding alone does to a test error, from the five runs of benchmarks/spread.py."""
     path = folders.HERE / "expected" / "paper" / "spread.csv"
-    errors = [float(row["test_error_percent"]) for row in make_figures.read_csv(path, ["bit"]).values()]
+    if not path.is_file():
+        return f"How far one trial moves by rounding is not known here: {path} is missing (benchmarks/spread.py)."
+    with open(path, newline="", encoding="utf-8") as file:
+        errors = [float(row["test_error_percent"]) for row in csv.DictReader(file)]
     return (f"A trial is a sample, not a constant: {len(errors)} runs of trial 0 of 1x1024H that differ in one bit of "
             f"one initial weight gave {min(errors):.2f} to {max(errors):.2f} %, a standard deviation of "
             f"{np.std(errors, ddof=1):.2f} points.")
 
 
-def finished_runs(runs):
-    """How many of the training runs that the preset plans are finished."""
-    there = collections.Counter(row["run"].split("/")[1] for row in runs.every_run())
+def finished_runs(runs, rows):
+    """How many of the training runs that the preset plans are finished. rows: those of FinishedRuns.every_run."""
+    there = collections.Counter(row["run"].split("/")[1] for row in rows)
     counts = (f"{there[name]} of {len(study.list_runs(runs.name, study.experiment_of(name), runs.block(name), {}))} of "
               f"{name}" for name in (MLP, DENSENET, CONVNET))
     return f"Finished runs: {', '.join(counts)}."
@@ -184,14 +188,14 @@ def counted(values):
 def page(runs, folder, made, judged):
     """The report as HTML, part by part."""
     now, here = datetime.datetime.now().astimezone(), folders.machine(study.torch.device("cpu"))
-    title = f"To Ensemble or Not Ensemble: what the runs say, preset {runs.name}"
+    title, rows = f"To Ensemble or Not Ensemble: what the runs say, preset {runs.name}", list(runs.every_run())
     yield (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
            f'device-width, initial-scale=1"><title>{escape(title)}</title><link rel="icon" href="data:,">'
            f"<style>{CSS}</style></head><body><main><h1>{escape(title)}</h1>")
     yield paragraph(f"{claims.headline(judged)}.")
     counts = collections.Counter(claim.outcome.split(" (")[0].split(":")[0] for claim in judged)
     yield paragraph("All claims: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()) + ".")
-    yield paragraph(finished_runs(runs))
+    yield paragraph(finished_runs(runs, rows))
     yield verdicts(judged)
     yield "<nav><b>Contents</b><br>" + "".join(f'<a href="#{target}">{escape(text)}</a>' for target, text in (
         *((make_figures.stem(name), make_figures.title(name)) for name in made), ("numbers", "The paper's numbers"),
@@ -208,10 +212,10 @@ def page(runs, folder, made, judged):
                     "over capacity for end-to-end training. Here the sign is that after epoch 3 of a run at λ = 1 the "
                     f"two lowest are at least {common.DIAGNOSIS[1]} points apart. The sign is right if end-to-end then "
                     "loses to independent training of the same trial, or if there is none and end-to-end does not.")
-    rows = list(diagnosis(runs))
+    signs = list(diagnosis(runs))
     yield table("Runs of more than 30 epochs", [
         "configuration", "trials", "gap (points)", "sign seen", "best after epoch 3 is best at the end", "by chance",
-        "one member dominates at the end", "end-to-end worse than independent", "sign right"], rows) if rows else (
+        "one member dominates at the end", "end-to-end worse than independent", "sign right"], signs) if signs else (
         paragraph("No end-to-end run of more than 30 epochs is there."))
     yield '<h2 id="identities">Identities and errata</h2>'
     yield table("Computed on several random shapes", ["claim", "what is computed", "deviation", "claimed", "decides"], [
@@ -219,7 +223,7 @@ def page(runs, folder, made, judged):
         for claim in judged if claim.name not in EMPIRICAL for part in claim.parts])
     yield '<h2 id="made">Made with</h2>'
     packages = ", ".join(f"{name} {here[name]}" for name in ("torch", "torchvision", "numpy"))
-    made_on, made_by = (", ".join(sorted({str(row[key]) for row in runs.every_run()})) for key in ("device", "commit"))
+    made_on, made_by = (", ".join(sorted({str(row[key]) for row in rows})) for key in ("device", "commit"))
     yield paragraph(f"The runs were made on {made_on or 'no machine yet'}, by the code of commit {made_by or 'none'}.")
     yield paragraph(f"{now:%Y-%m-%d %H:%M}, from {runs.results / runs.name}. Python {here['python']}, {packages}; "
                     f"code: {here['commit']}. run.json of each run and runs.csv have the versions that made it; "

@@ -12,14 +12,12 @@ Reads run folders and trains nothing. One random order of the members per exampl
 once: the logits summed along the order are those of its first 1, 2, ... M members.
 """
 
-import contextlib
 import hashlib
 import shlex
 import time
 
 import study
 import common
-import fast
 import folders
 import presets
 import train_mlp_fmnist
@@ -131,7 +129,7 @@ def main():
     blocks = presets.load_preset(preset)
     for word in args.only or []:
         presets.known(word, [key for block in blocks.values() if isinstance(block, dict)
-                           for key in block.get("configurations", [])], "configuration")
+                             for key in block.get("configurations", [])], "configuration")
     trained = list(trained_runs(preset, args))
     if not trained:
         command = (f"python train_mlp_fmnist.py --preset {preset} --figure {' '.join(args.figure or FIGURES)} "
@@ -149,19 +147,16 @@ def main():
     folders.make_writable(args.results)
     source, loaded = {run.path: of for run, of in zip(runs, trained, strict=True)}, {}
 
-    def work(say):
-        def do(run):
-            record, folder = source[run.path]
-            which = repr([record["settings"][key] for key in ("dataset", "data", "train", "validation", "test")])
-            if which not in loaded:
-                loaded[which] = data_of(record, folder, args.data_dir).to(device)
-            say(run.path, 1, "", measure(run, record, folder, loaded[which], args.results))
-        folders.run_missing(to_do, args.results, do, waiting=lambda: say(None, 0, ""))
+    def do(run, say):
+        record, folder = source[run.path]
+        which = repr([record["settings"].get(key) for key in (
+            "dataset", "data", "classes", "train", "validation", "test")])
+        if which not in loaded:
+            loaded[which] = data_of(record, folder, args.data_dir).to(device)
+        return measure(run, record, folder, loaded[which], args.results)
 
-    jobs = min(args.jobs or (cores if device.type == "cpu" else 1), len(to_do))
-    progress = study.Progress({run.path: 1.0 for run in to_do}, args.results, max(1, jobs))
-    with contextlib.closing(progress):
-        fast.in_processes(work, jobs, progress, (common.Refused, OSError))
+    jobs = max(1, min(args.jobs or (cores if device.type == "cpu" else 1), len(to_do)))
+    study.run_at_once(to_do, args.results, do, jobs, {run.path: 1.0 for run in to_do})
 
 
 if __name__ == "__main__":

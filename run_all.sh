@@ -3,8 +3,8 @@
 #
 #   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, judge the claims
 #   bash run_all.sh test                                    the tests
-
-The default preset is short with a CUDA GPU, otherwise quick.
+#
+# The default preset is short with a CUDA GPU, otherwise quick.
 #
 # Options, as in the scripts: --data real|auto|synthetic, --data-dir DIR, --results DIR, --figures-dir DIR,
 # --device auto|cpu|cuda, --seed N, --jobs N, --eager, --deterministic, --dry-run (print the plan and stop).
@@ -23,7 +23,7 @@ cd "$here" || exit 2
 what="" device=auto dry="" train=() data=() drop=() draw=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
     --eager|--deterministic) train+=("$1"); shift; continue ;;
     --dry-run) dry=yes; shift; continue ;;
     -*) [ $# -ge 2 ] || refuse "$1: a value was expected after it" ;;

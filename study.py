@@ -338,9 +338,8 @@ def runs_at_once(experiment, runs, data, jobs, cores):
 
 def duration(s):
     """Seconds as text."""
-    for unit, seconds, most in (("s", 1, 100), ("min", 60, 100)):
-        if s < most * seconds:
-            return f"{s / seconds:.0f} {unit}"
+    if s < 6000:
+        return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min"
     return f"{s / 3600:.1f} h" if s < 100 * 3600 else f"{s / 86400:.0f} days"
 
 
@@ -358,7 +357,7 @@ class Progress:
 
     def written(self, path):
         """When the run at `path` was finished, or None."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             return (self.results / path / "run.json").stat().st_mtime_ns
 
     def __call__(self, path, done, text, line=None, step=1):
@@ -563,16 +562,12 @@ def prepare(experiment, args):
         data = folders.find_data(block["dataset"], policy, args.data_dir)
         print(f"data: {block['dataset']}: {data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
-
-    def runs(description):
-        return list_runs(name, experiment, block, description, args.seed, args.only, args.lambdas, args.methods,
-                         figures)
-
-    selected = runs(None)
-    refuse_contradictions(block, selected, args.tune)
+    runs = list_runs(name, experiment, block, None, args.seed, args.only, args.lambdas, args.methods, figures)
+    refuse_contradictions(block, runs, args.tune)
     data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
-    with memory_told(selected[0]):
-        return block, data.to(device), shard(runs(data.description), *args.shard)
+    runs = [replace(run, settings=run.settings | {"data": data.description}) for run in runs]
+    with memory_told(runs[0]):
+        return block, data.to(device), shard(runs, *args.shard)
 
 
 def refuse_contradictions(block, runs, tune):
@@ -589,6 +584,20 @@ def refuse_contradictions(block, runs, tune):
         if block["folds"] > (fitted or math.inf):
             raise Refused(f"folds {block['folds']} is more than the {fitted} images that stacking is fitted on: lower "
                           "folds")
+
+
+def run_at_once(runs, results, do, jobs, seconds, ready=lambda run: True, threads=1):
+    """do(run, say) for each run that is not finished, `jobs` at once; it returns the line on the run. Shows progress.
+
+    seconds: the cost of each run by its path. ready: as in folders.run_missing.
+    """
+    def work(say):
+        torch.set_num_threads(threads)
+        folders.run_missing(runs, results, lambda run: say(run.path, 1, "", do(run, say)), ready,
+                            lambda: say(None, 0, ""))
+
+    with contextlib.closing(Progress(seconds, results, jobs)) as progress:
+        fast.in_processes(work, jobs, progress, (Refused, OSError))
 
 
 def train_study(experiment, args):
@@ -610,15 +619,10 @@ def train_study(experiment, args):
     def ready(run):
         return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial], results)
 
-    def work(say):
-        def do(run):
-            say(run.path, 1, "", outcome(run, do_run(experiment, run, data, results, told(run, say), args.eager)))
+    def do(run, say):
+        return outcome(run, do_run(experiment, run, data, results, told(run, say), args.eager))
 
-        torch.set_num_threads(args.threads)
-        folders.run_missing(to_do, results, do, ready, lambda: say(None, 0, ""))
-
-    with contextlib.closing(Progress(seconds, results, jobs)) as progress:
-        fast.in_processes(work, jobs, progress, (Refused, OSError))
+    run_at_once(to_do, results, do, jobs, seconds, ready, args.threads)
     if args.tune:
         print_tuned(runs, results)
 

@@ -13,8 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import study
-import common
-import fast
 import folders
 import make_figures
 import train_mlp_fmnist
@@ -43,14 +41,12 @@ def main():
     runs = [replace(run, preset=f"spread/{run.preset}-bit{which}") for which in range(RUNS)]
     folders.make_writable(args.results)
 
-    def work(say):
-        folders.run_missing(runs, args.results, lambda run: say(run.path, 1, "", study.outcome(run, study.do_run(
-            nudged(int(run.preset[-1])), run, data, args.results, study.told(run, say)))))
+    def do(run, say):
+        return study.outcome(run, study.do_run(nudged(int(run.preset[-1])), run, data, args.results,
+                                               study.told(run, say)))
 
     to_do = [run for run in runs if folders.to_be_done(run, args.results)]
-    progress = study.Progress({run.path: 1.0 for run in to_do}, args.results, min(cores, RUNS))
-    fast.in_processes(work, min(cores, len(to_do)), progress, (common.Refused, OSError))
-    progress.close()
+    study.run_at_once(to_do, args.results, do, max(1, min(cores, len(to_do))), {run.path: 1.0 for run in to_do})
     records = [folders.read_run(args.results / run.path) for run in runs]
     make_figures.write_csv(args.results / "spread.csv", [
         {"bit": which, "test_error_percent": 100 * record["result"]["test_ensemble_error"],

@@ -210,7 +210,7 @@ def test_an_archive_with_a_member_outside_its_folder_is_refused(tmp_path, data_d
     assert not list(tmp_path.rglob("outside*")) and not list(data_dir.iterdir())
 
 
-def test_real_cifar_100(monkeypatch):
+def test_real_cifar_100():
     """Where data/ holds it, in either form."""
     data = common.DATASETS["CIFAR-100"].read(folders.HERE / "data")
     if data is None:

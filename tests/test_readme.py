@@ -115,7 +115,12 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
     runs = FinishedRuns(ROOT / "expected/paper/results", "paper", "example")
     count = f"{len(csv_rows('paper/runs.csv'))} of 120"
     assert f"{count} runs are finished" in README and f"Finished runs: {count} of mlp_fmnist" in (
-        report.finished_runs(runs))
+        report.finished_runs(runs, list(runs.every_run())))
+    gap, same = float(verdicts["C1"]["mean"].split()[0]), float(errors["256x4H", "joint-0.95"]["test_error_percent"])
+    artifact = " ".join(PAGES["ARTIFACT.md"].split())
+    assert f"independently is {gap:.1f} points worse than one large" in artifact
+    assert f"the same error ({same:.1f} %)" in artifact and (
+        f"{same:.1f}" == f"{float(errors['1x1024H', 'joint-1']['test_error_percent']):.1f}")
 
 
 def same(one, other):

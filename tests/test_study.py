@@ -344,6 +344,15 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
     assert drawn == {"table1", "table3", "table4", "report", "claims"}      # they need no runs
 
 
+def test_the_drivers_help_is_its_first_lines():
+    done = subprocess.run(["bash", ROOT / "run_all.sh", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+    assert first.startswith("Regenerates") and "The default preset is" in done.stdout and "SLURM array" in last
+    head = (ROOT / "run_all.sh").read_text().split("#SBATCH")[0]
+    assert all(line.startswith("#") for line in head.splitlines())      # sbatch reads no directive after a command
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["quik"], "did you mean quick?"), (["quick", "smoke"], "one preset at a time"), (["--seed"], "a value"),
     (["smoke", "--device", "gpu"], "'gpu'"), (["smoke", "--batch", "3"], "unknown option --batch")])
@@ -415,6 +424,21 @@ def test_a_figure_draws_what_there_is(study, script, tmp_path):
     rows = {row["method"]: row for row in table(tmp_path, "fig2")}
     assert rows["joint-0"]["n"] == "1" and rows["joint-0"]["standard_error"] == "nan"
     assert rows["bagging"]["n"] == "0" and rows["bagging"]["test_error_percent"] == "nan"
+
+
+@pytest.mark.parametrize("without, state, panels", [(["joint-0", "joint-1"], "NOT DRAWN", 0),
+                                                    (["joint-1"], "incomplete", 3)])
+def test_runs_without_weights_are_missing_in_fig5(study, script, tmp_path, monkeypatch, without, state, panels):
+    part, drawn = Path("results/smoke/convnet_cifar/10xConvNet-0.29M"), []
+    shutil.copytree(study / part, part)
+    for method in without:
+        for path in (part / method).rglob("weights.pt"):
+            path.unlink()
+    save = make_figures.save_figure
+    monkeypatch.setattr(make_figures, "save_figure", lambda fig, *rest: (drawn.extend(fig.axes), save(fig, *rest)))
+    status, out, _ = script(make_figures, "5", "--preset", "smoke")
+    assert status == (state == "NOT DRAWN") and f"fig5: {state}" in out and len(drawn) == panels
+    assert f"{2 * len(without)} runs are missing" in out and f"10xConvNet-0.29M {without[-1]}, trial 0 1" in out
 
 
 def altered_copy(study, target, change):
@@ -496,13 +520,18 @@ def test_what_is_at_chance_says_so_across_its_face(study, tmp_path):
 
 
 def test_figures_do_not_depend_on_the_users_matplotlib(study, tmp_path):
-    """Nor on a name with two dollars, which would be mathematics."""
+    """And a name with dollars is no mathematics, which would be refused here."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\naxes.facecolor: black\nfont.size: 30\n")
     for place, env in (("a", {}), ("b", {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")})):
         done = subprocess.run([sys.executable, make_figures.__file__, "9", "--preset", "smoke", "--figures-dir",
                                tmp_path / place], cwd=study, env=os.environ | env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a/smoke/fig9.png").read_bytes() == (tmp_path / "b/smoke/fig9.png").read_bytes()
+    assert b"Software" not in (tmp_path / "a/smoke/fig9.png").read_bytes()
+    fig, ax = make_figures.plt.subplots()
+    ax.set_title(r"a $\frac$ name")
+    fig.savefig(tmp_path / "dollars.png")
+    make_figures.plt.close(fig)
 
 
 def test_mean_and_standard_error():

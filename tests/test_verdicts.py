@@ -14,6 +14,7 @@ from pathlib import Path
 import study
 import claims
 import common
+import finished
 import folders
 import identities
 import make_figures
@@ -166,6 +167,12 @@ def test_the_interval_is_students():
         assert np.trapezoid(density, x) == pytest.approx(0.475, abs=1e-6), df
     assert claims.interval([1, 2, 3, 4]) == pytest.approx((2.5, 0.4459, 4.5541), abs=1e-3)
     assert claims.interval([7]) == (7, -math.inf, math.inf)
+
+
+def test_chance_is_that_of_the_classes():
+    for classes, share in (({"classes": 10}, 0.63 / 0.9), ({"classes": None}, 0.63 / 0.99), ({}, 0.63 / 0.99)):
+        record = {"result": {"test_ensemble_error": 0.63}, "settings": {"dataset": "CIFAR-100", **classes}}
+        assert finished.error_share(record, None) == pytest.approx(share)
 
 
 def test_a_statement_on_every_trial():
