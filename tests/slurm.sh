@@ -9,8 +9,13 @@ work=$(mktemp -d) host=$(hostname -s)
 export SLURM_CONF=$work/slurm.conf OMP_NUM_THREADS=1
 
 stop() {
-  for daemon in slurmctld n1 n2 munged; do pkill -F "$work/$daemon.pid" || true; done
-  rm -rf "$work"
+  for daemon in slurmctld n1 n2 munged; do
+    pkill -F "$work/$daemon.pid" || true
+  done
+  for _ in $(seq 30); do                                # they still write their state as they end
+    rm -rf "$work" && break
+    sleep 1
+  done
 }
 trap stop EXIT
 
