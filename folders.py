@@ -116,8 +116,9 @@ def load_data(name, policy, block, data_dir=None, may_download=True):
                       "all")
     data = find_data(name, policy, data_dir, may_download)
     if data is None:
-        train = block["train"] + block["validation"] if block["train"] else dataset.train
-        data = common.synthetic(classes, dataset.shape, train, block["test"] or dataset.test)
+        train, test = (n * classes // dataset.classes for n in (dataset.train, dataset.test))
+        train = block["train"] + block["validation"] if block["train"] else train
+        data = common.synthetic(classes, dataset.shape, train, block["test"] or test)
         if not may_download and policy == "auto":
             data.origin += f", unless {name} can be downloaded"
         if not may_download and policy == "real":
