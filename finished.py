@@ -110,7 +110,8 @@ class FinishedRuns:
             block, draws = self.block(experiment), experiment_of(experiment).figures.get(figure, {})
             keys = [(configuration, study.method_name(*which), trial)
                     for configuration, c in block["configurations"].items()
-                    for which in study.drawn(draws, configuration, c) for trial in range(block["trials"])]
+                    for which in study.drawn(draws, configuration, c) for trial in range(block["trials"])
+                    if study.trains(block, *which, trial)]
             yield from ((experiment, *key) for key in keys)
             if figure in robustness.FIGURES:
                 yield from ((f"robustness-{self.drop}", *key) for key in keys)

@@ -52,19 +52,21 @@ SHARED = {      # the settings that every run of an experiment has, and the rule
     "decay": number(REAL, 1e-6, 1 - 1e-6, "a share of the epochs, above 0 and below 1 (the end)")}
 OTHERS = {      # the rest of an experiment's block
     "trials": COUNT, "tune": RATE, "bagging": one_of(("weights", "resample")), "penalties": RATE,
+    "once": (lambda x: isinstance(x, str) and re.fullmatch(r"joint-[\d.]+|independent|bagging|stacking", x),
+             "a method such as joint-0.5 or bagging"),
     "stacking": one_of(("validation", "training")), "folds": number(int, 2, MOST, "a whole number of at least 2")}
 CONFIGURATION = {"members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA}
 NETWORK = {     # of the networks; another key must have the type that it has in the block `paper`
     **dict.fromkeys(("hidden", "depth", "growth", "filters", "strides"), COUNT), "batchnorm": SWITCH,
     "padding": number(int, 0, 1, "0 or 1"), "precision": one_of(("fp32", "bf16", "auto"))}
-LISTS = ("lambdas", "methods", "weights", "decay", "penalties", "tune")
+LISTS = ("lambdas", "methods", "weights", "decay", "penalties", "tune", "once")
 RULES = SHARED | OTHERS | CONFIGURATION | NETWORK | {"data": one_of(POLICIES), "repeats": COUNT}
 
 
 def check(key, value, like, where):
     """Raises Refused unless a value follows the rule of its key, or, without a rule, has the type of `like`."""
     test, words = RULES.get(key, (lambda x: type(x) is type(like), f"a {type(like).__name__}"))
-    values, empty = [value], key in ("decay", "weights")
+    values, empty = [value], key in ("decay", "weights", "once")
     if key in LISTS or isinstance(like, list):
         words = f"a list{'' if empty else ', not empty'}, each entry {words}"
         values = value if isinstance(value, list) and (value or empty) else [math.nan]

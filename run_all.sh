@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Regenerates the paper's tables and figures, or runs the tests. Needs Python 3.11 or newer and pip.
 #
-#   bash run_all.sh [paper|short|quick|smoke] [options]     train, draw, judge the claims
-#   bash run_all.sh test                                    the tests
+#   bash run_all.sh [paper|short|overnight|quick|smoke] [options]     train, draw, judge the claims
+#   bash run_all.sh test                                              the tests
 #
 # The default preset is short with a CUDA GPU, otherwise quick.
 #
@@ -104,7 +104,7 @@ def main():
 study.command_line(main)
 PYTHON
 ) || exit 2
-echo "preset $what, ${asked:-which fits the device; others: bash run_all.sh paper|short|quick|smoke}"
+echo "preset $what, ${asked:-which fits the device; others: bash run_all.sh paper|short|overnight|quick|smoke}"
 echo "$("$python" --version): $why"
 if [ "$device" = auto ] && nvidia-smi -L >/dev/null 2>&1 &&
     ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -135,6 +135,11 @@ def drawn(figure, configuration, c):
     return [(method, lam) for method, lam in planned(c) if {method, method_name(method, lam)} & words]
 
 
+def trains(block, method, lam, trial):
+    """Does a preset train this trial of a method? Of those in `once`, it trains the first only."""
+    return trial == 0 or method_name(method, lam) not in block["once"]
+
+
 def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, methods=None, figures=None):
     """The runs of an experiment, trial by trial, so that the first trial is complete early.
 
@@ -146,7 +151,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     for trial in range(block["trials"]):
         for name in dict.fromkeys(only or block["configurations"]):
             c = block["configurations"][name]
-            wanted = planned(c, lambdas, methods)
+            wanted = [each for each in planned(c, lambdas, methods) if trains(block, *each, trial)]
             if figures:
                 there = [each for figure in figures for each in drawn(experiment.figures[figure], name, c)]
                 wanted = [each for each in wanted if each in there]
@@ -466,8 +471,8 @@ WHOLE = argument(int, COUNT)
 def parser(description):
     """The flags that training and robustness.py share, with one meaning."""
     p = Parser(description)
-    p.add_argument("--preset", help="a block of presets.yaml: paper, short, quick or smoke (default: short if torch "
-                   "can use a CUDA GPU, else quick)")
+    p.add_argument("--preset", help="a block of presets.yaml: paper, short, overnight, quick or smoke (default: short "
+                   "if torch can use a CUDA GPU, else quick)")
     p.add_argument("--figure", nargs="+", metavar="F", help="only the runs of these figures and tables, by "
                    "their names in FIGURES of the script")
     p.add_argument("--only", nargs="+", metavar="NAME", help="only these configurations")

@@ -137,7 +137,7 @@ def tiny(presets):
     (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[0, 7]), ["mlp_fmnist.lambdas", "[0, 7]", "[0, 1]"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(lambdas=[]), ["lambdas", "[]", "not empty"]),
     *((lambda p, key=key: p["paper"]["mlp_fmnist"].update({key: 1}), [key, "1 is not a list"])
-      for key in ("lambdas", "decay", "penalties", "tune")),
+      for key in ("lambdas", "decay", "penalties", "tune", "once")),
     (lambda p: tiny(p).update(weights=0), ["256x4H.weights", "0 is not a list"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(weight_decay="1e-4"), ["'1e-4' is not a number", "write 1.0e-4"]),
     (lambda p: p["paper"]["mlp_fmnist"].update(dataset="MNIST"), ["'MNIST'", "did you mean Fashion-MNIST?"]),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import study
 import common
@@ -19,6 +20,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import functional as tv
 
 
 def paper(name):
@@ -118,15 +120,18 @@ def test_densenet_bc_has_the_layers_of_its_definition(depth, growth):
     assert norms == [inputs for inputs, _, _ in expected[1:]] + [width]
 
 
+def torchvisions_densenet():
+    """DenseNet-BC of depth 22 and growth 6. Theirs is for large images: the plain convolution replaces its stem."""
+    network = torchvision.models.DenseNet(6, (3, 3, 3), num_init_features=12, num_classes=10)
+    network.features.conv0 = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        delattr(network.features, name)
+    return network.double()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_densenet_bc_computes_what_torchvisions_densenet_does(training):
-    """torchvision's is for large images: its stem is replaced by the plain convolution."""
-    mine = densenet_bc(22, 6, 3, 10).double()
-    other = torchvision.models.DenseNet(6, (3, 3, 3), num_init_features=12, num_classes=10)
-    other.features.conv0 = nn.Conv2d(3, 12, 3, padding=1, bias=False)
-    for name in ("norm0", "relu0", "pool0"):
-        delattr(other.features, name)
-    other.double()
+    mine, other = densenet_bc(22, 6, 3, 10).double(), torchvisions_densenet()
     with torch.no_grad():
         for p, q in zip(mine.parameters(), other.parameters(), strict=True):
             q.copy_(p.normal_(std=0.3))
@@ -137,6 +142,45 @@ def test_densenet_bc_computes_what_torchvisions_densenet_does(training):
         F.cross_entropy(out, torch.arange(4)).backward()
     for p, q in zip(mine.parameters(), other.parameters(), strict=True):
         equal(p.grad, q.grad, 1e-9)
+
+
+def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
+    """50 steps with crops, flips, momentum, weight decay and both falls of the rate, on CIFAR-100 where data/ holds it,
+    in double precision: the same weights and statistics."""
+    normalise = common.Data.normalise
+    monkeypatch.setattr(common.Data, "normalise", lambda data, images: normalise(data, images).double())
+    real = common.DATASETS["CIFAR-100"].read(folders.HERE / "data")
+    data = common.first_classes(real, 10) if real else common.synthetic(10, (3, 32, 32), 300, 50)
+    data = replace(data, test_images=data.test_images[:50], test_labels=data.test_labels[:50])
+    block = presets.experiment_settings(presets.load_preset("paper"), "paper", "densenet_cifar")
+    s = {key: block[key] for key in presets.SHARED} | {
+        "members": 1, "depth": 22, "growth": 6, "precision": "fp32", "lr": 0.1, "seed": 0, "epochs": 5, "train": 300,
+        "batch": 30}
+    run = study.Run("test", "densenet_cifar", "one", "joint", 1.0, 0, s, False)
+    start, trained = (make(lambda *form: train_densenet_cifar.build(*form).double(), run, data)[0]
+                      for make in (common.new_ensemble, common.train))
+    other = torchvisions_densenet()
+    with torch.no_grad():
+        for p, q in zip(start.parameters(), other.parameters(), strict=True):
+            q.copy_(p)
+    sgd = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    rows, _ = common.split(len(data.train_labels), 0, 0, 300)
+    order, augmentation = run.generator("order"), run.generator("augmentation")
+    padded, labels = F.pad(data.train_images[rows], [4] * 4), data.train_labels[rows]
+    for epoch in range(5):
+        for group in sgd.param_groups:
+            group["lr"] = 0.1 ** (1 + (epoch >= 3) + (epoch >= 4))      # from half and three quarters on
+        moves = common.draw_moves((300,), augmentation)
+        for batch in torch.randperm(300, generator=order).split(30):
+            images = torch.stack([tv.crop(padded[i], *moves[i, :2].tolist(), 32, 32) if not moves[i, 2] else tv.crop(
+                tv.hflip(padded[i]), *moves[i, :2].tolist(), 32, 32) for i in batch.tolist()])
+            sgd.zero_grad()
+            F.cross_entropy(other(data.normalise(images)), labels[batch]).backward()
+            sgd.step()
+    for mine, theirs in ((trained.parameters(), other.parameters()), (trained.buffers(), other.buffers())):
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+    assert not torch.equal(next(start.parameters()), next(trained.parameters()))
 
 
 def test_initial_weights_are_of_each_member():
