@@ -142,7 +142,7 @@ class FinishedRuns:
     def runs(self, experiment, configuration, method):
         """(run.json, folder) by trial of the finished runs of one method, which must have equal settings."""
         folder = self.results / self.name / experiment / configuration / method
-        found = [(self.whole_run(path.parent), path.parent) for path in sorted(folder.glob("trial*/run.json"))]
+        found = [(self.whole_run(path), path) for path in folders.run_folders(folder.parent, method)]
         settings = [{key: value for key, value in record["settings"].items() if key != "weights"}
                     for record, _ in found]         # a robustness run names the weights it measured
         for other, (_, path) in zip(settings, found, strict=True):
@@ -171,7 +171,7 @@ class FinishedRuns:
 
     def lambdas(self, experiment, configuration):
         """The lambdas planned for a configuration, and any others that were run."""
-        there = (self.results / self.name / experiment / configuration).glob("joint-*/trial*")
+        there = folders.run_folders(self.results / self.name / experiment / configuration, "joint-*")
         planned = self.block(experiment)["configurations"][configuration]["lambdas"]
         return sorted({float(path.parent.name.removeprefix("joint-")) for path in there} | set(planned))
 
@@ -186,11 +186,11 @@ class FinishedRuns:
 
     def every_run(self):
         """A row for every training run: what it is, what came out, on what and when."""
-        for path in sorted((self.results / self.name).glob("*/*/*/trial*/run.json")):
-            record = folders.read_run(path.parent)
+        for path in folders.run_folders(self.results / self.name, "*/*/*"):
+            record = folders.read_run(path)
             if not record["experiment"].startswith("robustness"):
                 s = record["settings"]
-                yield {"run": str(path.parent.relative_to(self.results)), **record["result"], "lr": s["lr"],
+                yield {"run": str(path.relative_to(self.results)), **record["result"], "lr": s["lr"],
                        "epochs": s["epochs"], "data": s["data"]["name"], "parameters": record.get("parameters"),
                        "seconds": record["seconds"], "finished": record["finished"], **record["machine"]}
 

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -262,18 +263,45 @@ def damaged(path, why):
                    f"trains the run again; or remove {path.parent}")
 
 
+def method_name(method, lam):
+    return f"joint-{lam:g}" if method == "joint" else method
+
+
+def run_folders(place, pattern):
+    """The folders of finished runs PATTERN/trialN below `place`, sorted. Copies and the like are said, and ignored."""
+    for path in sorted(place.glob(f"{pattern}/trial*/run.json")):
+        method, trial = path.parts[-3:-1]
+        if re.fullmatch(r"trial(0|[1-9]\d*)", trial) and re.fullmatch(r"joint-[\d.]+|[a-z]+", method):
+            yield path.parent
+        else:
+            say_ignored(path.parent)
+
+
+@functools.cache
+def say_ignored(folder):
+    print(f"ignored: {folder}, which is not named as the folder of a run (METHOD/trialN)", file=sys.stderr)
+
+
 def read_run(folder):
-    """The run.json of a finished run, or None. Raises Damaged if it is not as it was written."""
+    """The run.json of a finished run, or None.
+
+    Raises Damaged if it is not as it was written, Refused if it is that of another run than its path names.
+    """
     path = folder / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["seal"] != seal(record):
             raise ValueError("it was changed after it was written")
-        return record
+        own = Path(*(record[key] for key in ("preset", "experiment", "configuration")),
+                   method_name(record["method"], record["lambda"]), f"trial{record['trial']}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise damaged(path, "it has no seal" if isinstance(error, KeyError) else error) from error
+    if folder.absolute().parts[-len(own.parts):] != own.parts:
+        raise Refused(f"{path} is the record of the run {own}: the folder was moved, copied or renamed; move it back, "
+                      "or remove it")
+    return record
 
 
 def read_file(folder, name):

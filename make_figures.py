@@ -436,9 +436,9 @@ def peak_on_cuda(runs, configuration):
 
     It is the peak of a training step: evaluation keeps nothing for a backward pass.
     """
-    peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in sorted(
-        (runs.results / runs.name / DENSENET / configuration).glob("joint-*/trial*/run.json"))
-        if "peak_memory_bytes" in (record := folders.read_run(path.parent))["result"]]
+    peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in folders.run_folders(
+        runs.results / runs.name / DENSENET / configuration, "joint-*")
+        if "peak_memory_bytes" in (record := folders.read_run(path))["result"]]
     if not peaks:
         return "not measured on CUDA"
     peak, s = max(peaks, key=lambda pair: pair[0])

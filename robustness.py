@@ -71,14 +71,14 @@ FIGURES = {name: train_mlp_fmnist.FIGURES[name] for name in ("7", "8")}
 def trained_runs(preset, args):
     """(run.json, folder) of the finished joint runs of a preset that kept their weights."""
     figures = study.figure_names(args.figure, FIGURES)
-    for path in sorted((args.results / preset).glob("*/*/joint-*/trial*/weights.pt")):
-        record = folders.read_run(path.parent)
-        if (record and (not args.only or record["configuration"] in args.only)
+    for path in folders.run_folders(args.results / preset, "*/*/joint-*"):
+        record = folders.read_run(path)
+        if ((path / "weights.pt").exists() and (not args.only or record["configuration"] in args.only)
                 and (not args.lambdas or record["lambda"] in args.lambdas)
                 and (not args.trials or record["trial"] < args.trials)
-                and (not figures or any(path.parent.parent.name in FIGURES[name].get(record["configuration"], ())
+                and (not figures or any(path.parent.name in FIGURES[name].get(record["configuration"], ())
                                         for name in figures))):
-            yield record, path.parent
+            yield record, path
 
 
 def robustness_run(record, folder, drop, repeats, seed):

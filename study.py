@@ -30,7 +30,7 @@ try:
     import folders
     import presets
     from common import Refused
-    from folders import to_be_done
+    from folders import method_name, to_be_done
     from presets import CONFIGURATION, COUNT, METHODS, SHARED, known
 
     import numpy as np
@@ -62,10 +62,6 @@ class Experiment:
 def experiment_of(name):
     """The Experiment that train_NAME.py declares."""
     return importlib.import_module(f"train_{name}").EXPERIMENT
-
-
-def method_name(method, lam):
-    return f"joint-{lam:g}" if method == "joint" else method
 
 
 @dataclass(frozen=True)

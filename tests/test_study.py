@@ -1,5 +1,6 @@
 """The whole smoke study through run_all.sh, as a user runs it, and what it leaves behind."""
 
+import collections
 import csv
 import json
 import math
@@ -18,6 +19,7 @@ import finished
 import folders
 import make_figures
 import presets
+import robustness
 import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
@@ -225,7 +227,7 @@ def test_table_1_has_the_peak_of_a_run_on_a_gpu(study, script, preset, measured)
     shutil.copytree(study / "results/smoke" / run, Path("results", preset, run))
     path = Path("results", preset, run, "run.json")
     record = json.loads(path.read_text())
-    record["result"]["peak_memory_bytes"] = 12_340_000_000
+    record["preset"], record["result"]["peak_memory_bytes"] = preset, 12_340_000_000
     path.write_text(sealed(record))
     status, _, err = script(make_figures, "table1", "--preset", preset)
     assert status == 0, err
@@ -452,12 +454,53 @@ def altered_copy(study, target, change):
         (target / folder / "run.json").write_text(sealed(record))
 
 
+def test_of_the_methods_in_once_only_the_first_trial_is_planned(tmp_path):
+    block = presets.experiment_settings(presets.load_preset("overnight"), "overnight", "densenet_cifar")
+    assert block["once"] == ["joint-0.5", "joint-0.9", "bagging", "stacking"]
+    runs = machinery.list_runs("overnight", train_densenet_cifar.EXPERIMENT, block, {})
+    trials = collections.Counter((run.configuration, run.method_name) for run in runs)
+    assert {trials["DN-Low", name] for name in ("joint-0", "joint-1")} == {3}
+    assert {trials["DN-Low", name] for name in block["once"]} == {1}
+    there = {(run.experiment, run.configuration, run.method_name, run.trial) for run in runs}
+    assert set(FinishedRuns(tmp_path, "overnight", "example").planned("table2")) == there
+
+
 @pytest.mark.parametrize("key", ["epochs", "momentum", "lr", "train", "seed", "hidden"])
 def test_runs_of_other_settings_never_share_a_mean(study, script, tmp_path, key):
     altered_copy(study, tmp_path, lambda record: record["settings"].update({key: 99}))
     status, _, err = script(make_figures, "fig2", "--preset", "smoke")
     assert status == 2 and f"mixes runs with {key}" in err and err.count("\n") == 1
     assert not Path("figures").exists()
+
+
+@pytest.mark.parametrize("there, copied_to", [
+    ("joint-0/trial0", "joint-1/trial0"), ("joint-0/trial0", "joint-0/trial1"), ("joint-1/trial1", "joint-0/trial5")])
+def test_a_run_in_the_folder_of_another_is_refused(study, script, tmp_path, there, copied_to):
+    """By figures, by training and by robustness.py: n = 2 of one trial would have a standard error of 0."""
+    shutil.copytree(study / "results", "results")
+    place = Path("results/smoke/mlp_fmnist/256x4H")
+    shutil.rmtree(place / copied_to, ignore_errors=True)
+    shutil.copytree(place / there, place / copied_to)
+    scripts = [(make_figures, "fig2"), (robustness, "--figure", "7")]
+    if "trial5" not in copied_to:
+        scripts.append((train_mlp_fmnist, "--figure", "2", "--data", "synthetic"))
+    for module, *arguments in scripts:
+        status, _, err = script(module, *arguments, "--preset", "smoke")
+        assert status == 2 and f"smoke/mlp_fmnist/256x4H/{there}" in err and copied_to in err and err.count("\n") == 1
+
+
+def test_folders_that_are_no_runs_are_said_and_ignored(study, script, tmp_path):
+    shutil.copytree(study / "results", "results")
+    place = Path("results/smoke/mlp_fmnist/256x4H")
+    copies = [place / name for name in ("joint-0/trial0.bak", "joint-old/trial0", "joint-0 (copy)/trial0")]
+    for copy in copies:
+        shutil.copytree(place / "joint-0/trial0", copy)
+    status, _, err = script(make_figures, "2", "3", "--preset", "smoke")
+    assert status == 0, err
+    assert sorted(err.splitlines()) == sorted(
+        f"ignored: {copy}, which is not named as the folder of a run (METHOD/trialN)" for copy in copies)
+    for name in ("fig2", "fig3"):
+        assert [row["n"] for row in table(tmp_path, name)] == [row["n"] for row in table(study, name)]
 
 
 def test_robustness_of_other_repeats_never_shares_a_mean(study, script, tmp_path):
