@@ -117,9 +117,9 @@ def load_data(name, policy, block, data_dir=None, may_download=True):
                       "all")
     data = find_data(name, policy, data_dir, may_download)
     if data is None:
-        train, test = (n * classes // dataset.classes for n in (dataset.train, dataset.test))
-        train = block["train"] + block["validation"] if block["train"] else train
-        data = common.synthetic(classes, dataset.shape, train, block["test"] or test)
+        train = block["train"] + block["validation"] if block["train"] else dataset.train * classes // dataset.classes
+        test = block["test"] or dataset.test * classes // dataset.classes
+        data = common.synthetic(classes, dataset.shape, train, test)
         if not may_download and policy == "auto":
             data.origin += f", unless {name} can be downloaded"
         if not may_download and policy == "real":
@@ -263,6 +263,9 @@ def damaged(path, why):
                    f"trains the run again; or remove {path.parent}")
 
 
+METHOD_NAME = r"joint-\d(\.\d+)?(e-\d+)?|independent|bagging|stacking"         # as method_name writes it
+
+
 def method_name(method, lam):
     return f"joint-{lam:g}" if method == "joint" else method
 
@@ -271,7 +274,7 @@ def run_folders(place, pattern):
     """The folders of finished runs PATTERN/trialN below `place`, sorted. Copies and the like are said, and ignored."""
     for path in sorted(place.glob(f"{pattern}/trial*/run.json")):
         method, trial = path.parts[-3:-1]
-        if re.fullmatch(r"trial(0|[1-9]\d*)", trial) and re.fullmatch(r"joint-[\d.]+|[a-z]+", method):
+        if re.fullmatch(r"trial(0|[1-9]\d*)", trial) and re.fullmatch(METHOD_NAME, method):
             yield path.parent
         else:
             say_ignored(path.parent)

@@ -7,7 +7,7 @@ import re
 
 import common
 from common import Refused
-from folders import HERE
+from folders import HERE, METHOD_NAME
 
 import yaml
 
@@ -52,7 +52,7 @@ SHARED = {      # the settings that every run of an experiment has, and the rule
     "decay": number(REAL, 1e-6, 1 - 1e-6, "a share of the epochs, above 0 and below 1 (the end)")}
 OTHERS = {      # the rest of an experiment's block
     "trials": COUNT, "tune": RATE, "bagging": one_of(("weights", "resample")), "penalties": RATE,
-    "once": (lambda x: isinstance(x, str) and re.fullmatch(r"joint-[\d.]+|independent|bagging|stacking", x),
+    "once": (lambda x: isinstance(x, str) and re.fullmatch(METHOD_NAME, x),
              "a method such as joint-0.5 or bagging"),
     "stacking": one_of(("validation", "training")), "folds": number(int, 2, MOST, "a whole number of at least 2")}
 CONFIGURATION = {"members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA}

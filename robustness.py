@@ -72,8 +72,8 @@ def trained_runs(preset, args):
     """(run.json, folder) of the finished joint runs of a preset that kept their weights."""
     figures = study.figure_names(args.figure, FIGURES)
     for path in folders.run_folders(args.results / preset, "*/*/joint-*"):
-        record = folders.read_run(path)
-        if ((path / "weights.pt").exists() and (not args.only or record["configuration"] in args.only)
+        record = (path / "weights.pt").exists() and folders.read_run(path)
+        if (record and (not args.only or record["configuration"] in args.only)
                 and (not args.lambdas or record["lambda"] in args.lambdas)
                 and (not args.trials or record["trial"] < args.trials)
                 and (not figures or any(path.parent.name in FIGURES[name].get(record["configuration"], ())

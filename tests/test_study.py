@@ -489,6 +489,15 @@ def test_a_run_in_the_folder_of_another_is_refused(study, script, tmp_path, ther
         assert status == 2 and f"smoke/mlp_fmnist/256x4H/{there}" in err and copied_to in err and err.count("\n") == 1
 
 
+def test_the_names_of_methods_are_recognised():
+    for lam in (0, 1, 0.5, 0.99, 0.999999, 1e-5, 1.5e-5):
+        assert re.fullmatch(folders.METHOD_NAME, folders.method_name("joint", lam)), lam
+    for method in presets.METHODS[1:]:
+        assert re.fullmatch(folders.METHOD_NAME, folders.method_name(method, 0))
+    for name in ("joint-old", "joint-0.", "joint-1.2.3", "backup", "bagging2"):
+        assert not re.fullmatch(folders.METHOD_NAME, name)
+
+
 def test_folders_that_are_no_runs_are_said_and_ignored(study, script, tmp_path):
     shutil.copytree(study / "results", "results")
     place = Path("results/smoke/mlp_fmnist/256x4H")

@@ -279,9 +279,9 @@ def test_joint_training_beats_independent_training_of_tiny_networks():
     """Test errors of Sec. 4's order; a loss with the sign of lambda turned round loses it."""
     data = common.synthetic(10, (1, 28, 28), 2_500, 500)
     joint, independent, broken = (
-        common.train(build, a_run(lam=lam, members=64, hidden=4, lr=1.28, train=2_000, validation=500, batch=100,
+        common.train(build, a_run(lam=lam, members=64, hidden=2, lr=1.28, train=2_000, validation=500, batch=100,
                                   epochs=8), data)[3]["ensemble_error"] for lam in (0.95, 0, -0.95))
-    assert joint + 0.05 < independent < broken
+    assert joint + 0.1 < independent < broken
 
 
 # --- The schedule --------------------------------------------------------------------------------
