@@ -442,8 +442,19 @@ class Ensemble(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
             self.members = nn.ModuleList(make() for _ in range(members))
+        for part in self.members.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.momentum is not None:
+                part.num_batches_tracked = None         # nobody reads it, and a GPU spends a kernel a layer on it
+        self.register_load_state_dict_pre_hook(self.without_counters)
         self.to(memory_format=torch.channels_last)
         self.bf16 = precision == "bf16"
+
+    @staticmethod
+    def without_counters(ensemble, state, *_):
+        """Takes counters of batches that this ensemble does not have out of weights that are loaded."""
+        for key in [key for key in state if key.endswith("num_batches_tracked")]:
+            if key not in ensemble.state_dict():
+                del state[key]
 
     def forward(self, images):
         if images.dim() == 4:
@@ -543,15 +554,16 @@ def predict(ensemble, data, images):
 # --- Training (appendix B) -----------------------------------------------------------------------
 
 
-def train(build, run, data, report=lambda epoch, history: None, eager=False, checkpoint=None):
+def train(build, run, data, report=lambda epoch, history, warning=None: None, eager=False, checkpoint=None):
     """Trains one run by the paper's protocol.
 
     With a validation split the reported epoch is the first with the lowest validation error of the ensemble; without
     one it is the last. Returns the ensemble with the weights of that epoch; the history, two `Scores.summary` per epoch
     (of the training steps, while the weights change; and of the validation split, or without one of the test set); the
     reported epoch, counted from 1; and the test scores there. The last two are None if the loss stops being finite: the
-    run has diverged. `report(epoch, history)` is called after each epoch; `checkpoint` (folders.Checkpoint) keeps the
-    state; `eager` launches each step on CUDA instead of replaying a captured one.
+    run has diverged. `report(epoch, history)` is called after each epoch, with a third argument, a warning, before the
+    first if a step cannot be captured; `checkpoint` (folders.Checkpoint) keeps the state; `eager` launches each step on
+    CUDA instead of replaying a captured one.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(build, run, data)
@@ -567,7 +579,7 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
     for group in optimizer.param_groups:        # a checkpoint's rate is on the CPU: a captured step cannot read it
         if isinstance(group["lr"], torch.Tensor):
             group["lr"] = group["lr"].to(data.device)
-    step = stepper(run, ensemble, optimizer, scores, batches, eager)
+    step = stepper(run, ensemble, optimizer, scores, batches, eager, lambda why: report(len(history), history, why))
 
     for epoch in range(len(history) + 1, s["epochs"] + 1):
         ensemble.train()
@@ -599,7 +611,7 @@ def new_ensemble(build, run, data):
     if s.get("bagging") == "weights" and any(hasattr(part, "running_mean") for part in ensemble.modules()):
         raise Refused(f"{run.label}: weighted bagging does not work with batch norm, whose statistics would include "
                       "images outside a member's bootstrap: use --set bagging=resample")
-    rate = s["lr"] if data.device.type == "cpu" else torch.tensor(s["lr"], device=data.device)
+    rate = s["lr"] if data.device.type == "cpu" else torch.tensor(float(s["lr"]), device=data.device)
     return ensemble, torch.optim.SGD(ensemble.parameters(), lr=rate, momentum=s["momentum"], nesterov=s["nesterov"],
                                      weight_decay=s["weight_decay"], fused=True)
 
@@ -614,11 +626,12 @@ def training_step(ensemble, optimizer, scores, lam, images, targets, weights=Non
     scores.add(member_logits.detach(), targets, ensemble_loss, member_loss)
 
 
-def stepper(run, ensemble, optimizer, scores, batches, eager=False):
+def stepper(run, ensemble, optimizer, scores, batches, eager=False, warn=lambda why: None):
     """A function of rows (N,) that takes a training step; on CUDA it replays a captured one.
 
     A captured step reads and writes fixed addresses. Therefore moves, rate and scores change in place; a shorter last
-    batch is taken eagerly; and what the trial steps of the capture change is put back.
+    batch is taken eagerly; and what the trial steps of the capture change is put back. If a step cannot be captured,
+    warn(why) is called, and steps are launched as with `eager`.
     """
     def step(rows):
         training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
@@ -629,7 +642,8 @@ def stepper(run, ensemble, optimizer, scores, batches, eager=False):
         return fast.captured(step, ensemble, optimizer, scores,
                              torch.arange(batches.size, device=batches.labels.device))
     except fast.CannotCapture as error:
-        raise Refused(f"{error}: add --eager") from error
+        warn(f"{error}; its steps are launched one by one, which is slower")
+        return step
 
 
 DIAGNOSIS = (3, 5)      # an epoch, the paper's; a gap in points of error, ours, fixed before any run
@@ -644,23 +658,6 @@ def diagnose(label, errors):
     verdict = "OVER CAPACITY" if second - first >= least else "not over capacity"
     return (f"{label}: over epoch {epoch} the two best members have {first:.1f} and {second:.1f} % training error, "
             f"{second - first:.1f} points apart (threshold {least}): {verdict} for end-to-end training")
-
-
-def bytes_saved_for_backward(build, settings, shape, classes):
-    """What autograd keeps of one forward pass for the backward pass in fp32, weights left out; takes no memory."""
-    with torch.device("meta"):
-        ensemble = build(settings | {"precision": "fp32"}, shape, classes, torch.Generator("cpu"))
-    kept, weights = {}, {p.untyped_storage()._cdata for p in ensemble.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage              # held, so that no two share an address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ensemble.train()(torch.empty(settings["batch"], *shape, device="meta"))
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 # --- Stacking (Wolpert 1992) ---------------------------------------------------------------------

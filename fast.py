@@ -5,6 +5,7 @@ Nothing here is needed to understand the paper: read common.py, which chooses in
 """
 
 import contextlib
+import gc
 import itertools
 import math
 import multiprocessing.connection
@@ -110,14 +111,27 @@ class CannotCapture(RuntimeError):
     """A training step cannot be recorded, or its replay differs from the eager step."""
 
 
+def out_of_memory(error):
+    """Is this, or what it came from, an error of too little memory? cuDNN's and cuBLAS's have no type of their own."""
+    words = ("can't allocate memory", "STATUS_ALLOC_FAILED")
+    return any(isinstance(one, torch.OutOfMemoryError) or any(word in str(one) for word in words)
+               for one in (error, root(error)))
+
+
+def root(error):
+    """The error that came first: one within a capture makes the end of the capture fail as well."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def captured(step, ensemble, optimizer, scores, rows):
     """step(rows), recorded once as a CUDA graph: a function of rows (N,) that replays it.
 
-    A replay saves launching each kernel from Python: thousands in a step of an ensemble. Whatever a
-    step reads and writes stays in place in memory, and rows are copied in; a batch of another size
-    is taken eagerly. Recording takes steps of its own: what they change is put back. Raises
-    CannotCapture if recording fails or if a replayed step and an eager one differ by more than the
-    error of the precision.
+    A replay saves launching each kernel from Python: thousands in a step of an ensemble. Whatever a step reads and
+    writes stays in place in memory, and rows are copied in; a batch of another size is taken eagerly. Recording takes
+    steps of its own: what they change is put back. Raises CannotCapture if recording fails or if a replayed step and an
+    eager one differ by more than the error of the precision, and whatever an eager step raises.
     """
     def state():
         momenta = [buffer for each in optimizer.state.values() for buffer in each.values()
@@ -131,43 +145,48 @@ def captured(step, ensemble, optimizer, scores, rows):
     def weights():
         return torch.cat([p.detach().flatten() for p in ensemble.parameters()])
 
-    ensemble.train()
-    before, start = [tensor.clone() for tensor in state()], weights()
-    try:
-        replay = record(lambda: step(rows))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CannotCapture(f"a training step cannot be captured ({str(error).splitlines()[0]})"
-                            ) from error
-    moved = []
-    for work in (replay, lambda: step(rows)):
-        restore()
-        work()
-        moved.append(weights() - start)
-    restore()
-    error = ((moved[0] - moved[1]).norm() / moved[1].norm()).item()
-    if not error < 0.05:                # another order of summation differs by less, in bf16 too
-        raise CannotCapture(f"a captured training step differs from an eager one by "
-                            f"{100 * error:.0f} % of its length")
-
     def take(batch):
         if len(batch) != len(rows):
             step(batch)
             return
         rows.copy_(batch)
         replay()
+
+    ensemble.train()
+    before, start, moved = [tensor.clone() for tensor in state()], weights(), []
+    warm_up(lambda: step(rows))
+    try:
+        replay = record(lambda: step(rows))
+        for work in (replay, lambda: step(rows)):
+            restore()
+            work()
+            moved.append(weights() - start)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise CannotCapture(f"a training step cannot be captured ({str(root(error)).splitlines()[0]})") from error
+    finally:
+        restore()
+        torch.cuda.empty_cache()        # the graph has memory of its own: what eager steps took would double it
+    error = ((moved[0] - moved[1]).norm() / moved[1].norm()).item()
+    if not error < 0.05:                # another order of summation differs by less, in bf16 too
+        raise CannotCapture(f"a captured training step differs from an eager one by {100 * error:.0f} % of its length")
     return take
+
+
+def warm_up(work):
+    """Calls work() aside, so that libraries choose their kernels and their workspace before it is recorded."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
 
 
 def record(work):
     """Records the CUDA work of a call and returns the function that replays it."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):              # libraries choose their kernels and their workspace
-            work()
-    torch.cuda.current_stream().wait_stream(aside)
+    gc.collect()                        # what Python frees during a recording would end it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

@@ -455,7 +455,7 @@ def table1(runs):
             as_trained = all(c[key] == ours[key] for key in sizes)
             if block is mine and all(c[key] == paper["configurations"][name][key] for key in sizes):
                 continue
-            saved = common.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
+            saved = study.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
                                                     (3, 32, 32), 100)
             row = {"configuration": name if block is paper else f"{name}, preset {runs.name}", "depth": c["depth"],
                    "k": c["growth"], "M": c["members"], "parameters": parameters(DENSENET, c),

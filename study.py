@@ -205,20 +205,28 @@ def print_tuned(runs, results):
 # --- One run -------------------------------------------------------------------------------------
 
 
-def do_run(experiment, run, data, results, report=lambda epoch, history: None, eager=False):
+def do_run(experiment, run, data, results, report=lambda epoch, history, warning=None: None, eager=False):
     """Trains one run and writes its folder. Returns its result, as run.json has it.
 
     Raises Refused, and writes nothing, if the device has too little memory.
     """
     checkpoint, ensemble, cuda = folders.Checkpoint(run, results), None, data.device.type == "cuda"
+    warnings = {}
+
+    def heard(epoch, history, warning=None):
+        if warning:
+            warnings["not_captured"] = warning
+        report(epoch, history, warning)
+
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with memory_told(run):
+    with fix_told(run):
         if run.method == "stacking":
             test, arrays, result = stack(experiment, run, data, results)
         else:
-            ensemble, history, epoch, test = common.train(experiment.build, run, data, report, eager, checkpoint)
+            ensemble, history, epoch, test = common.train(experiment.build, run, data, heard, eager, checkpoint)
             arrays, result = reported(run, history, epoch)
+            result |= warnings
             if isinstance(ensemble, common.Ensemble):
                 untrained, _ = common.new_ensemble(experiment.build, run, data)
                 arrays["member_distance"] = common.distances(ensemble, untrained).cpu().numpy()
@@ -261,12 +269,15 @@ def reported(run, history, epoch):
 
 
 @contextlib.contextmanager
-def memory_told(run):
-    """Turns an error of too little memory into Refused, with how much was needed and the fix."""
+def fix_told(run):
+    """Turns an error of too little memory, or of --deterministic, into Refused, with the fix."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if "use_deterministic_algorithms" in str(error):
+            raise Refused(f"{run.label}: --deterministic: {str(error).split(',')[0]}: use another operation in the "
+                          "network, or leave --deterministic out") from error
+        if not fast.out_of_memory(error):
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         batch = run.settings["batch"]
@@ -290,7 +301,7 @@ def fastest(work, device, limit=0.2):
     return min(seconds)
 
 
-def cost(experiment, run, data):
+def cost(experiment, run, data, eager=False):
     """Seconds that a run will take on one core or on the GPU, from a few of its own steps."""
     s, device = run.settings, data.device
     ensemble, optimizer = common.new_ensemble(experiment.build, run, data)
@@ -305,7 +316,7 @@ def cost(experiment, run, data):
         return (fitted + len(data.test_labels)) * example + 60 * fits * fitted * product
     ensemble.train()
     batches = common.Batches(run, data, torch.arange(n, device=device))
-    step = common.stepper(run, ensemble, optimizer, common.Scores(s["members"], device), batches)
+    step = common.stepper(run, ensemble, optimizer, common.Scores(s["members"], device), batches, eager)
     rows = batches.epoch()[0]
     few = rows[:max(2, len(rows) // 8)]             # a step of the largest DenseNets takes half a minute
     seconds = fastest(lambda: step(few), device, 0) * len(rows) / len(few)
@@ -314,16 +325,33 @@ def cost(experiment, run, data):
     return s["epochs"] * (math.ceil(n / s["batch"]) * seconds + held_out * example)
 
 
-def estimate(experiment, runs, data):
+def estimate(experiment, runs, data, eager=False):
     """The cost of each run by its path; runs of one configuration and method cost the same."""
     costs, seconds = {}, {}
     for run in runs:
         kind = (run.configuration, "joint" if run.method == "independent" else run.method)
         if kind not in costs:
-            with memory_told(run):
-                costs[kind] = cost(experiment, run, data)
+            with fix_told(run):
+                costs[kind] = cost(experiment, run, data, eager)
         seconds[run.path] = costs[kind]
     return seconds
+
+
+def bytes_saved_for_backward(build, settings, shape, classes):
+    """What autograd keeps of one forward pass for the backward pass in fp32, weights left out; takes no memory."""
+    with torch.device("meta"):
+        ensemble = build(settings | {"precision": "fp32"}, shape, classes, torch.Generator("cpu"))
+    kept, weights = {}, {p.untyped_storage()._cdata for p in ensemble.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage              # held, so that no two share an address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ensemble.train()(torch.empty(settings["batch"], *shape, device="meta"))
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def runs_at_once(experiment, runs, data, jobs, cores):
@@ -331,7 +359,7 @@ def runs_at_once(experiment, runs, data, jobs, cores):
     if jobs or data.device.type == "cuda" or sys.platform != "linux":
         return max(1, min(jobs or 1, len(runs)))
     settings = {run.configuration: run.settings for run in runs}.values()
-    needed = max((common.bytes_saved_for_backward(experiment.build, s, data.shape, data.classes) for s in settings),
+    needed = max((bytes_saved_for_backward(experiment.build, s, data.shape, data.classes) for s in settings),
                  default=0)
     available = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
     return max(1, min(cores, len(runs), int(available / (needed + 5e8))))
@@ -396,7 +424,10 @@ def told(run, say):
     """The report of common.train on a run, as messages to a Progress."""
     part, epochs = "validation" if run.settings["validation"] else "test", run.settings["epochs"]
 
-    def report(epoch, history):
+    def report(epoch, history, warning=None):
+        if warning:
+            say(run.path, epoch / epochs, f"{run.label}: epoch {epoch + 1}/{epochs}", f"{run.label}: {warning}", 0)
+            return
         line, error = None, 100 * history[-1][1]["ensemble_error"]
         if epoch == common.DIAGNOSIS[0] and run.lam == 1 and run.settings["members"] > 1:
             line = common.diagnose(run.label, history[-1][0]["member_error"].numpy())
@@ -553,6 +584,7 @@ def prepare(experiment, args):
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # PyTorch asks for one of two
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # no number here is read before it is written
     if device.type == "cuda" and (args.jobs or 1) > 1:
         raise Refused(f"--jobs {args.jobs}: on a GPU one run trains at a time; for several GPUs start this command "
                       "once for each, with CUDA_VISIBLE_DEVICES")
@@ -567,7 +599,7 @@ def prepare(experiment, args):
     refuse_contradictions(block, runs, args.tune)
     data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
     runs = [replace(run, settings=run.settings | {"data": data.description}) for run in runs]
-    with memory_told(runs[0]):
+    with fix_told(runs[0]):
         return block, data.to(device), shard(runs, *args.shard)
 
 
@@ -608,7 +640,7 @@ def train_study(experiment, args):
     if args.tune:
         runs = tuning_runs(runs, block["tune"])
     to_do = [run for run in runs if to_be_done(run, results)]
-    seconds = estimate(experiment, to_do, data)
+    seconds = estimate(experiment, to_do, data, args.eager)
     jobs = runs_at_once(experiment, to_do, data, args.jobs, max(1, cores // args.threads))
     print_plan(args, block, data, runs, seconds, jobs, experiment.figures)
     if args.dry_run:

@@ -381,7 +381,7 @@ def floors(case, precisions, rates):
         ensemble = build(s, data.shape, data.classes, torch.Generator("cpu"))
     with FlopCounterMode(display=False) as counter:
         ensemble(torch.empty(s["batch"], *data.shape, device="meta")).sum().backward()
-    flops, kept = counter.get_total_flops(), common.bytes_saved_for_backward(build, s, data.shape, data.classes)
+    flops, kept = counter.get_total_flops(), study.bytes_saved_for_backward(build, s, data.shape, data.classes)
     moved = {"fp32": 2 * kept, "bf16": kept}            # written and read, at 4 or 2 bytes a number
     return {(case.name, p): lambda p=p: max(flops / rates[p](), moved[p] / rates["copy"]()) for p in precisions}
 

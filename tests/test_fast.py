@@ -105,14 +105,17 @@ def captures(monkeypatch, replaying=lambda work: work):
     """
     stepper, new_ensemble = common.stepper, common.new_ensemble
 
-    def record(work):
-        for _ in range(4):              # the warm-up and the recording change all that a step does
+    def warm_up(work):                  # as the recording does, it changes all that a step does
+        for _ in range(3):
             work()
+
+    def record(work):
+        work()
         return replaying(work)
 
-    def stepper_on_cuda(run, ensemble, optimizer, scores, batches, eager=False):
+    def stepper_on_cuda(run, ensemble, optimizer, scores, batches, *more):
         batches.labels = batches.labels.as_subclass(Labels)
-        step = stepper(run, ensemble, optimizer, scores, batches, eager)
+        step = stepper(run, ensemble, optimizer, scores, batches, *more)
         assert not any(total.any() for total in vars(scores).values())      # recording leaves no trace
         return step
 
@@ -120,6 +123,7 @@ def captures(monkeypatch, replaying=lambda work: work):
         ensemble, optimizer = new_ensemble(*arguments)
         optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.double)
         return ensemble, optimizer
+    monkeypatch.setattr(fast, "warm_up", warm_up)
     monkeypatch.setattr(fast, "record", record)
     monkeypatch.setattr(common, "stepper", stepper_on_cuda)
     monkeypatch.setattr(common, "new_ensemble", rate_in_memory)
@@ -155,17 +159,47 @@ def fail(error):
     raise error
 
 
-@pytest.mark.parametrize("replaying, raised, words", [
-    (lambda work: lambda: None, Refused, "differs from an eager one by 100 % .* add --eager"),
-    (lambda work: lambda: (work(), work()), Refused, "differs from an eager one by .* add --eager"),
-    (lambda work: fail(RuntimeError("stream is capturing\nmore")), Refused, r"is capturing\): add --eager"),
-    (lambda work: fail(torch.OutOfMemoryError("CUDA out of memory")), torch.OutOfMemoryError, "CUDA out of memory")],
-    ids=["nothing", "twice", "cannot record", "no memory"])
-def test_a_replay_that_is_not_the_step_is_refused(data, monkeypatch, replaying, raised, words):
+def masked(error):
+    """Raises an error of the end of a recording, which hides the one within it."""
+    try:
+        raise error
+    finally:
+        raise RuntimeError("capture_end: invalidated")
+
+
+@pytest.mark.parametrize("replaying, why", [
+    (lambda work: lambda: None, "a captured training step differs from an eager one by 100 % of its length"),
+    (lambda work: lambda: (work(), work()), "a captured training step differs from an eager one by "),
+    (lambda work: fail(RuntimeError("stream is capturing\nmore")), "cannot be captured (stream is capturing)"),
+    (lambda work: masked(RuntimeError("a copy to the host")), "cannot be captured (a copy to the host)")],
+    ids=["nothing", "twice", "cannot record", "masked"])
+def test_a_step_that_cannot_be_captured_is_taken_eagerly(data, monkeypatch, replaying, why):
+    """It is said, once, before the first epoch; and the numbers are those of --eager."""
+    eager, said = train(a_run(), data, eager=True), []
     captures(monkeypatch, replaying)
-    with pytest.raises(raised, match=words):
+    trained = train(a_run(), data, report=lambda *words: said.append(words))
+    assert said[0][0] == 0 and why in said[0][2] and not any(words[2:] for words in said[1:])
+    for one, other in zip(trained[0].parameters(), eager[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("where", ["warm_up", "record"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")], ids=str)
+def test_too_little_memory_is_no_failed_capture(data, monkeypatch, where, error):
+    captures(monkeypatch)
+    monkeypatch.setattr(fast, where, lambda work: masked(error))
+    with pytest.raises(RuntimeError) as raised:
         train(a_run(), data)
-    assert train(a_run(epochs=1), data, eager=True)[2] == 1                 # --eager captures nothing
+    assert fast.out_of_memory(raised.value)
+
+
+def test_an_error_of_the_step_itself_ends_training(data, monkeypatch):
+    captures(monkeypatch)
+    monkeypatch.setattr(fast, "warm_up", lambda work: fail(RuntimeError("shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        train(a_run(), data)
 
 
 # --- Several processes ---------------------------------------------------------------------------

@@ -177,7 +177,8 @@ def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
             sgd.zero_grad()
             F.cross_entropy(other(data.normalise(images)), labels[batch]).backward()
             sgd.step()
-    for mine, theirs in ((trained.parameters(), other.parameters()), (trained.buffers(), other.buffers())):
+    statistics = [buffer for buffer in other.buffers() if buffer.dim()]             # not the number of batches
+    for mine, theirs in ((trained.parameters(), other.parameters()), (trained.buffers(), statistics)):
         for p, q in zip(mine, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
     assert not torch.equal(next(start.parameters()), next(trained.parameters()))
@@ -243,6 +244,20 @@ def test_no_member_gets_a_copy_of_the_shared_images(precision):
     assert len(kept) == 3 and len({tensor.data_ptr() for tensor in kept}) == 1
 
 
+def test_weights_with_counters_of_batches_load(tmp_path):
+    """Earlier versions kept one for each batch norm; and so does a network whose batch norm needs it."""
+    nets, other = ensemble(), ensemble(seed=1)
+    assert not any(key.endswith("num_batches_tracked") for key in nets.state_dict())
+    old = nets.state_dict()
+    for key in [key for key in old if key.endswith("running_var")]:
+        old[key.replace("running_var", "num_batches_tracked")] = torch.tensor(3)
+    torch.save(old, tmp_path / "weights.pt")
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert all(torch.equal(p, q) for p, q in zip(nets.state_dict().values(), other.state_dict().values(), strict=True))
+    own = common.Ensemble(lambda: nn.BatchNorm2d(2, momentum=None), 2, torch.Generator())
+    assert own.members[0].num_batches_tracked == 0 and len(own.state_dict()) == 10
+
+
 # --- Precision -----------------------------------------------------------------------------------
 
 
@@ -301,6 +316,6 @@ def test_bytes_saved_for_backward_are_those_that_a_step_keeps():
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         nets.train()(torch.randn(5, 3, 32, 32))
-    counted = common.bytes_saved_for_backward(build, settings, *form)
+    counted = study.bytes_saved_for_backward(build, settings, *form)
     assert counted == sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert counted > 2 * 5 * 32 * 32 * 4 * (8 + 8 + 16)         # activations of the first bottlenecks alone

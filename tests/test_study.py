@@ -14,7 +14,6 @@ from pathlib import Path
 
 import study as machinery
 import claims
-import common
 import finished
 import folders
 import make_figures
@@ -630,7 +629,7 @@ def test_common_is_what_every_table_counts():
     """Table 1's bytes are those that common counts for the batch of the paper."""
     c = presets.experiment_settings(presets.load_preset("paper"), "paper", "densenet_cifar")
     settings = c["configurations"]["DN-High"] | {"batch": c["batch"]}
-    assert common.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9
+    assert study.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9
 
 
 @pytest.mark.parametrize("where, said", [("checkout", None), ("inside another", "no commit: not a checkout"),

@@ -374,7 +374,7 @@ def test_what_is_published_is_what_is_tested_and_trained():
 
 def test_the_report(empty, monkeypatch, tmp_path):
     """One page without scripts or other files; every name in it is escaped."""
-    monkeypatch.setattr(common, "bytes_saved_for_backward", lambda *_: 0)       # (slow)
+    monkeypatch.setattr(study, "bytes_saved_for_backward", lambda *_: 0)       # (slow)
     nothing, some, full = empty(), empty(), empty()
     tables = {name: make_figures.make(nothing, name, tmp_path) for name in make_figures.TABLES}
     for kind in asked("C3"):

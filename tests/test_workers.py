@@ -225,7 +225,7 @@ def test_a_worker_that_fails_ends_the_command_in_one_line(tmp_path):
     (2, 4, 3, 100, "cpu", 2),           # as far as there are runs
     (5, None, 3, 100, "cuda", 1)])
 def test_runs_at_once(monkeypatch, runs, jobs, cores, gigabytes, device, at_once):
-    monkeypatch.setattr(common, "bytes_saved_for_backward", lambda build, settings, shape, classes: settings["needs"])
+    monkeypatch.setattr(study, "bytes_saved_for_backward", lambda build, settings, shape, classes: settings["needs"])
     monkeypatch.setattr(Path, "read_text", lambda path: f"MemAvailable:   {gigabytes * 1e9 / 1024:.0f} kB\n")
     some = [study.Run("p", "e", f"{i}", "joint", 0, 0, {"needs": 1e9 if i == 1 else 1e3}, False) for i in range(runs)]
     data = common.Data({}, "", 10, *[torch.zeros(1, 1, 2, 2, device="meta")] * 6)

@@ -1,0 +1,402 @@
+"""Is this GPU all right, and how fast is it? Assertions, then times of full-size training steps; about ten minutes.
+
+    python benchmarks/gpu.py                        # exit status 1 if an assertion fails
+    python benchmarks/gpu.py --csv FILE             # writes the times as well
+    python benchmarks/gpu.py --assertions           # these alone, about three minutes
+    python benchmarks/gpu.py --seconds 200          # the times that begin within 200 s; the most telling come first
+
+Asserted: a captured step is an eager step and a step on the CPU, within the error of the precision; evaluation between
+steps and a shorter last batch change nothing; rate 0 moves nothing; runs that end give their memory back; a run that
+is resumed is the run in one go, to the bit, with --deterministic; the preset `smoke` ends with status 0.
+
+Timed: "as it is" is what training does. The other rows change how the members of an ensemble are run:
+
+- N streams: the members share N streams, which the GPU runs at the same time;
+- one cast: in bf16 all weights are cast in one call, not each where it is used;
+- plain: images and filters in PyTorch's plain layout, not channels last;
+- benchmark: cuDNN times its kernels and takes the fastest;
+- compiled: torch.compile of a member.
+
+Each is a step of the paper's size as a replayed graph, beside the floor of benchmarks/bench.py. "off" is how far its
+weights move away from those of "as it is", in percent of the way. Without a GPU both parts run at the size of `smoke`
+on the CPU: that says whether this script works, and nothing else.
+"""
+
+import contextlib
+import csv
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import study
+import common
+import fast
+import folders
+import presets
+
+import bench
+import torch
+
+LAMBDA = 0.5
+EXPERIMENTS = {name: study.experiment_of(name) for name in ("mlp_fmnist", "densenet_cifar", "convnet_cifar")}
+ONE_OF = {"256x4H": "mlp_fmnist", "DN-Low": "densenet_cifar", "DN-High": "densenet_cifar",
+          "ConvNet-0.29M": "convnet_cifar"}
+
+
+def a_run(name, preset, precision="fp32", **changes):
+    """The experiment and a joint run of a configuration, at the size of a preset."""
+    experiment = EXPERIMENTS[ONE_OF[name]]
+    block = presets.experiment_settings(presets.load_preset(preset), preset, experiment.name)
+    c = block["configurations"][name]
+    settings = block | c | {"lr": study.learning_rate(c["lr"], LAMBDA), "seed": 0, "precision": precision,
+                            "bagging": None, "train": None} | changes
+    return experiment, study.Run("gpu", experiment.name, name, "joint", LAMBDA, 0, settings, weights=True)
+
+
+def stand_in(experiment, train, test, device):
+    shape, classes = ((1, 28, 28), 10) if experiment.name == "mlp_fmnist" else ((3, 32, 32), 100)
+    return common.synthetic(classes, shape, train, test).to(device)
+
+
+def flat(ensemble):
+    return torch.cat([p.detach().flatten() for p in ensemble.parameters()])
+
+
+# --- Is it right? --------------------------------------------------------------------------------
+
+
+def few_steps(case, device, eager):
+    """Nine steps, the third of each epoch on an odd batch: the weights, the mean member loss, and whether a step at
+    rate 0 leaves them alone."""
+    experiment, run = case
+    data = stand_in(experiment, 80, 40, device)                             # batches of 32, 32 and 16
+    ensemble, optimizer = common.new_ensemble(experiment.build, run, data)
+    scores = common.Scores(run.settings["members"], device)
+    batches = common.Batches(run, data, torch.arange(80, device=device))
+    step = common.stepper(run, ensemble, optimizer, scores, batches, eager, lambda why: sys.exit(f"error: {why}"))
+
+    def set_rate(rate):
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+    for epoch in range(1, 4):
+        set_rate(0.1 / epoch)
+        ensemble.train()
+        scores.reset()
+        for rows in batches.epoch():
+            step(rows)
+        common.evaluate(ensemble, data, data.test_images, data.test_labels)
+    ensemble.train()
+    weights, loss = flat(ensemble), scores.summary()["mean_member_loss"]
+    set_rate(0.0)
+    step(torch.arange(32, device=device))
+    return weights.cpu(), loss, torch.equal(flat(ensemble), weights)
+
+
+def steps_agree(device):
+    """(what, whether it holds, figures): captured, eager and CPU steps of each kind of network and batch."""
+    for name, precision, bagging in (
+            ("256x4H", "fp32", None), ("256x4H", "fp32", "weights"), ("DN-Low", "fp32", None),
+            ("DN-Low", "fp32", "resample"), ("DN-Low", "bf16", None), ("ConvNet-0.29M", "fp32", None),
+            ("ConvNet-0.29M", "bf16", None)):
+        case = a_run(name, "smoke", precision, batch=32, bagging=bagging)
+        captured, loss, still = few_steps(case, device, eager=False)
+        eager, other_loss, _ = few_steps(case, device, eager=True)
+        cpu, _, _ = few_steps(case, torch.device("cpu"), eager=True)
+        off, far = (((one - other).norm() / other.norm()).item() for one, other in ((captured, eager), (eager, cpu)))
+        limit = 1e-3 if precision == "fp32" else 2e-2
+        yield (f"steps of {name} {precision}{f', bagging by {bagging}' * bool(bagging)}",
+               off < limit and far < 5 * limit and still and math.isclose(loss, other_loss, rel_tol=limit),
+               f"captured - eager {off:.1e}, eager - CPU {far:.1e} of the weights; rate 0 "
+               f"{'moves nothing' if still else 'MOVES THEM'}")
+
+
+def memory_returns(device):
+    """(what, whether it holds, figures): three runs in a row reserve no more than two."""
+    reserved = []
+    for _ in range(3):
+        few_steps(a_run("DN-Low", "smoke", batch=32), device, eager=False)
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved() / 2**20 if device.type == "cuda" else 0)
+    yield ("memory after each of three runs", reserved[2] <= reserved[1] + 64,
+           f"{', '.join(f'{each:.0f}' for each in reserved)} MiB reserved")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def resume(device, folder):
+    """Exits with status 0 if a run that stops after its second epoch and goes on equals a run in one go, to the bit."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    study.choose_device(device.type)
+    torch.use_deterministic_algorithms(True)
+    folders.CHECKPOINT_SECONDS = 0
+    experiment, run = a_run("DN-Low", "smoke", batch=32, epochs=4)
+    data = stand_in(experiment, 80, 40, device)
+
+    def stop(epoch, history, warning=None):
+        if epoch == 3:
+            raise Interrupted
+    whole, parts = Path(folder, "whole"), Path(folder, "parts")
+    folders.run_missing([run], whole, lambda run: study.do_run(experiment, run, data, whole))
+    with contextlib.suppress(Interrupted):
+        folders.run_missing([run], parts, lambda run: study.do_run(experiment, run, data, parts, stop))
+    assert (parts / run.path / "checkpoint.pt").is_file()
+    folders.run_missing([run], parts, lambda run: study.do_run(experiment, run, data, parts))
+    one, other = (folders.load_weights(place / run.path, "cpu") for place in (whole, parts))
+    sys.exit(not all(torch.equal(one[key], other[key]) for key in one))
+
+
+def resumes(device):
+    """(what, whether it holds, figures), from a process of its own: its settings are of the whole process."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = multiprocessing.get_context("spawn").Process(target=resume, args=(device, folder))
+        child.start()
+        child.join()
+    yield "a run that is resumed, --deterministic", child.exitcode == 0, f"exit status {child.exitcode}"
+
+
+def smoke(device):
+    """The preset `smoke` on this device, started; `ended` waits for it."""
+    folder = tempfile.TemporaryDirectory()
+    command = ["bash", folders.HERE / "run_all.sh", "smoke", "--device", device.type, "--results",
+               f"{folder.name}/results", "--figures-dir", f"{folder.name}/figures"]
+    return folder, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(folder, process):
+    """(what, whether it holds, figures) of the preset `smoke`."""
+    said, _ = process.communicate()
+    folder.cleanup()
+    lines = said.splitlines() or [""]
+    warned = sum("cannot be captured" in line or "differs from an eager" in line for line in lines)
+    good = process.returncode == 0 and not warned
+    yield "run_all.sh smoke", good, f"exit status {process.returncode}, {warned} warnings; {lines[-1]}" + (
+        "" if good else "\n" + "\n".join(lines[-30:]))
+
+
+def assertions(device):
+    """Whether all of them hold; each is printed as it is known."""
+    started = smoke(device) if device.type == "cuda" else None          # (on a CPU the tests run it)
+    good = True
+    for check in (steps_agree(device), memory_returns(device), resumes(device), ended(*started) if started else ()):
+        for what, holds, figures in check:
+            good &= bool(holds)
+            print(f"{'ok    ' if holds else 'FAILED'} {what}: {figures}", flush=True)
+    return good
+
+
+# --- How fast is it? -----------------------------------------------------------------------------
+
+
+WAYS = {"streams": 1, "one_cast": False, "plain": False, "benchmark": False, "compiled": False}
+ROWS = [                                # (network, precision, what differs from WAYS): the most telling first
+    ("256x4H", "fp32", {}),
+    ("DN-Low", "bf16", {}), ("DN-Low", "bf16", {"streams": 4}), ("DN-Low", "bf16", {"streams": 16}),
+    ("DN-Low", "bf16", {"streams": 8}), ("DN-Low", "bf16", {"one_cast": True}),
+    ("DN-Low", "bf16", {"streams": 8, "one_cast": True}),
+    ("DN-Low", "fp32", {}), ("DN-Low", "fp32", {"streams": 4}), ("DN-Low", "fp32", {"streams": 8}),
+    ("DN-High", "bf16", {}), ("DN-High", "bf16", {"streams": 4}), ("DN-High", "bf16", {"streams": 4, "one_cast": True}),
+    ("DN-High", "fp32", {}), ("DN-High", "fp32", {"streams": 4}),
+    ("ConvNet-0.29M", "bf16", {}), ("ConvNet-0.29M", "bf16", {"streams": 4}), ("ConvNet-0.29M", "bf16", {"streams": 8}),
+    ("ConvNet-0.29M", "fp32", {}), ("ConvNet-0.29M", "fp32", {"streams": 4}),
+    ("DN-Low", "fp32", {"plain": True}), ("DN-Low", "fp32", {"benchmark": True}), ("DN-Low", "bf16", {"plain": True}),
+    ("ConvNet-0.29M", "fp32", {"plain": True}), ("ConvNet-0.29M", "bf16", {"benchmark": True}),
+    ("ConvNet-0.29M", "bf16", {"streams": 4, "compiled": True}), ("DN-Low", "bf16", {"compiled": True}),
+]
+
+
+class Cast(torch.autograd.Function):
+    """Weights (any shapes, fp32) as bf16, and their gradients back: one call for all of them."""
+
+    @staticmethod
+    def forward(ctx, *weights):
+        cast = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
+        torch._foreach_copy_(cast, weights)
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        cast = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+        torch._foreach_copy_(cast, gradients)
+        return tuple(cast)
+
+
+def forward(ways, streams):
+    """Ensemble.forward in one of the ways; streams: enough CUDA streams, none on a CPU."""
+    layout = torch.contiguous_format if ways["plain"] else torch.channels_last
+    compiled = torch.compile(lambda member, images: member(images), dynamic=False) if ways["compiled"] else None
+
+    def one(self, m, images, cast):
+        member = self.members[m]
+        with torch.autocast(images.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+            if cast:
+                return torch.func.functional_call(member, cast[m], (images,)).float()
+            return (compiled(member, images) if compiled else member(images)).float()
+
+    def run(self, images):
+        images, cast = images.contiguous(memory_format=layout), None
+        if self.bf16:
+            images = images.to(torch.bfloat16)
+        if self.bf16 and ways["one_cast"]:
+            names = [(m, name) for m, member in enumerate(self.members)
+                     for name, p in member.named_parameters() if p.dim() > 1]
+            weights = Cast.apply(*(self.members[m].get_parameter(name) for m, name in names))
+            cast = [{} for _ in self.members]
+            for (m, name), weight in zip(names, weights, strict=True):
+                cast[m][name] = weight
+        side = streams[:ways["streams"]] if ways["streams"] > 1 else []
+        logits, main = [], torch.cuda.current_stream() if side else None
+        for stream in side:
+            stream.wait_stream(main)
+        for m in range(len(self.members)):
+            with torch.cuda.stream(side[m % len(side)]) if side else contextlib.nullcontext():
+                logits.append(one(self, m, images, cast))
+        for stream in side:
+            main.wait_stream(stream)
+        return torch.stack(logits, 1)
+    return run
+
+
+def milliseconds(work, device):
+    """The median time of a call, of up to twenty within two seconds."""
+    times = []
+    while len(times) < 3 or (len(times) < 20 and sum(times) < 2000):
+        times.append(1000 * bench.seconds_per(work, 1, device))
+    return sorted(times)[len(times) // 2]
+
+
+def kernels(work):
+    """The number of kernels that a replay runs, and their times added up in ms: more than the step's, if they overlap.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernels": len(events), "kernels_ms": sum(event.device_time_total for event in events) / 1000}
+
+
+def row_of(name, precision, changes, device, rates, references):
+    """Times one way of one network."""
+    cuda, ways, began = device.type == "cuda", WAYS | changes, time.perf_counter()
+    experiment, run = a_run(name, "paper" if cuda else "smoke", precision)
+    batch = run.settings["batch"]
+    data = stand_in(experiment, 2 * batch, 8, device)
+    ensemble, optimizer = common.new_ensemble(experiment.build, run, data)
+    if isinstance(ensemble, common.Ensemble) and changes:
+        bound = forward(ways, [torch.cuda.Stream() for _ in range(ways["streams"])] if cuda else [])
+        ensemble.forward = bound.__get__(ensemble)
+    if ways["plain"]:
+        for p in ensemble.parameters():
+            p.data = p.data.contiguous()
+    torch.backends.cudnn.benchmark = ways["benchmark"]
+    scores = common.Scores(run.settings["members"], device)
+    batches = common.Batches(run, data, torch.arange(2 * batch, device=device))
+    rows = torch.arange(batch, device=device)
+    eager = common.stepper(run, ensemble, optimizer, scores, batches, eager=True)
+    ensemble.train()
+    row = {"network": name, "precision": precision, "way": ", ".join(
+        f"{value} streams" if key == "streams" else key.replace("_", " ") for key, value in changes.items())
+        or "as it is"}
+    if cuda:                # of an eager step: a replay allocates nothing
+        torch.cuda.reset_peak_memory_stats()
+        step = fast.captured(eager, ensemble, optimizer, scores, rows)      # refuses a replay that differs
+        row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        step = eager
+    start = flat(ensemble)
+    step(rows.clone())
+    moved = flat(ensemble) - start
+    base = references.setdefault((name, precision), moved)
+    row |= {"made_s": time.perf_counter() - began, "off_percent": 100 * ((moved - base).norm() / base.norm()).item()}
+    step(rows.clone())
+    row["step_ms"] = milliseconds(lambda: step(rows), device)
+    row["again_ms"] = milliseconds(lambda: step(rows), device)      # what differs between the two is noise
+    if not changes:
+        row["eager_ms"] = milliseconds(lambda: eager(rows), device)
+        if cuda:
+            row |= kernels(lambda: step(rows))
+        block = presets.experiment_settings(presets.load_preset("paper" if cuda else "smoke"), "", experiment.name)
+        floor = bench.floors(bench.Case(experiment, name, block, data), [precision], rates)
+        row["floor_ms"] = 1000 * min(floor[name, precision]() for _ in range(3))
+        row["times_floor"] = row["step_ms"] / row["floor_ms"]
+    return row
+
+
+def times(device, seconds):
+    """The rows, printed as they come, of those that begin within `seconds`."""
+    began, references, rows = time.perf_counter(), {}, []
+    rates = bench.machine_rates(device)
+    print("rates: " + ", ".join(f"{name} {rate() / 1e12:.2f}" for name, rate in rates.items())
+          + " (TFLOP/s of a large product, TB/s of a large copy)", flush=True)
+    for name, precision, changes in ROWS:
+        if time.perf_counter() - began > seconds:
+            print(f"{name} {precision} {changes}: no time left", flush=True)
+            continue
+        try:
+            row = row_of(name, precision, changes, device, rates, references)
+        except (RuntimeError, OSError) as error:        # one way that fails does not end the others
+            print(f"{name} {precision} {changes}: FAILED, {type(error).__name__}: {str(error).splitlines()[0]}",
+                  flush=True)
+            continue
+        finally:
+            torch.cuda.empty_cache()
+        rows.append(row)
+        print("  ".join([f"{row['network']:14s}", row["precision"], f"{row['way']:22s}",
+                         *(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float)))]),
+              flush=True)
+    return rows
+
+
+def best(rows):
+    """A line for each network and precision: the fastest way."""
+    for key in dict.fromkeys((row["network"], row["precision"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["precision"]) == key]
+        base, least = own[0]["step_ms"], min(own, key=lambda row: row["step_ms"])
+        print(f"{' '.join(key)}: the fastest way is {least['way']}, {base / least['step_ms']:.2f} times as fast as "
+              f"{own[0]['way']}")
+
+
+# --- main ----------------------------------------------------------------------------------------
+
+
+def main():
+    p = study.Parser(__doc__)
+    p.add_argument("--assertions", action="store_true", help="no times")
+    p.add_argument("--seconds", type=study.argument(float, (lambda s: s >= 0, "a number of at least 0")), default=360,
+                   metavar="N", help="no row begins later than N seconds after the first (default: 360)")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write the times here")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
+    args = p.parse_args()
+    device, driver = study.choose_device(args.device), ""
+    if device.type == "cuda":
+        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                                capture_output=True, text=True).stdout.split("\n")[0]
+    about = {**folders.machine(device), "driver": driver, "cuda": torch.version.cuda or "",
+             "date": date.today().isoformat()}
+    print(f"{about['device']}, driver {driver or 'none'}, torch {about['torch']}, CUDA {about['cuda'] or 'none'}"
+          + (": A REHEARSAL on the CPU, at the size of smoke" if device.type == "cpu" else ""), flush=True)
+    good = assertions(device)
+    if not args.assertions:
+        rows = times(device, args.seconds)
+        best(rows)
+        if args.csv:
+            with open(args.csv, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, [*dict.fromkeys(key for row in rows for key in row), *about],
+                                        lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(row | about for row in rows)
+    print("all assertions hold" if good else "NOT ALL assertions hold")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    study.command_line(main)
