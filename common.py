@@ -422,8 +422,10 @@ def cross_entropies(member_logits, targets):
 
 # What runs: faster forms, which tests/test_fast.py holds equal. loss_and_cross_entropies(member_logits, targets, lam,
 # weights=None) gives joint_loss, or bagging_loss, and both cross entropies without a gradient, (N,) and (N, M), in one
-# pass with Eq. 9 written out. evaluation_cross_entropies is cross_entropies; predicted(member_logits) is argmax(-1).
+# pass with Eq. 9 written out. evaluation_cross_entropies is cross_entropies; predicted(member_logits) is argmax(-1);
+# for_each_member(work, count, device) is [work(m) for m in range(count)].
 loss_and_cross_entropies, evaluation_cross_entropies, predicted = fast.joint_loss, fast.cross_entropies, fast.argmax
+for_each_member = fast.side_by_side
 
 # --- Ensembles -----------------------------------------------------------------------------------
 
@@ -461,7 +463,7 @@ class Ensemble(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         if self.bf16:       # once: autocast would keep a copy of the shared images for each member
             images = images.to(torch.bfloat16)
-        return torch.stack([self.one(m, images) for m in range(len(self.members))], 1)
+        return torch.stack(for_each_member(lambda m: self.one(m, images), len(self.members), images.device), 1)
 
     def one(self, m, images):
         """The logits (N, K) of member m."""

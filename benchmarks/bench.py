@@ -13,11 +13,14 @@ load its images. Each way takes batches of the paper's size:
   `.item()` at every step, fp32, as someone would write it;
 - one network: all members in one, by grouped convolutions (channels last and plain, fp32 and bf16, the best of them)
   or batched products on the shared input repeated M times (the MLPs);
-- vmap: torch.func's stack_module_state and vmap, which batch norm does not allow;
+- vmap: torch.func's stack_module_state and vmap;
 - TorchEnsemble: its FusionClassifier (lambda 1) and VotingClassifier (lambda 0);
 - floor: the least that any way must do. For the MLPs that is their matrix products. For the others it is their
   multiplications at the rate of a large product, or what autograd keeps for the backward pass, written and read once,
   at the rate of a large copy, whichever takes longer.
+
+On CUDA a step of ours is a replayed graph. So the ways that take a given batch are timed both launched from Python, as
+someone would run them, and captured in the same way.
 
 Ours and the textbook way make their own batch. The others get it normalised and on the device. The ways of one
 experiment take turns over several rounds, so that a machine whose speed drifts slows all alike. The table has medians.
@@ -40,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import study
 import common
+import fast
 import folders
 import presets
 import train_densenet_cifar
@@ -121,6 +125,7 @@ class Way:
     precision: str
     step: object
     evaluate: object = None
+    eager: object = None      # the step without a graph, whose replay allocates nothing: for the memory
     in_a_row: bool = False    # does step() take STEPS steps, and return the seconds of one?
 
 
@@ -130,13 +135,14 @@ def ours(case, precision):
     ensemble, optimizer = common.new_ensemble(case.experiment.build, run, data)
     batches = common.Batches(run, data, torch.arange(len(data.train_labels), device=data.device))
     rows, scores = batches.epoch()[0], common.Scores(settings["members"], data.device)
+    eager = common.stepper(run, ensemble, optimizer, scores, batches, eager=True)
     step = common.stepper(run, ensemble, optimizer, scores, batches)
 
-    def train():
+    def train(step=step):
         ensemble.train()
         step(rows)
     return Way(case, "ours", precision, train,
-               lambda: common.evaluate(ensemble, data, data.test_images, data.test_labels))
+               lambda: common.evaluate(ensemble, data, data.test_images, data.test_labels), lambda: train(eager))
 
 
 class Images(loading.Dataset):
@@ -193,7 +199,8 @@ def textbook(case):
 
 
 def with_our_step(case, name, precision, network):
-    """The way of a network (N, C, H, W) -> (N, M, K): our training step takes it on a given batch."""
+    """The ways of a network (N, C, H, W) -> (N, M, K): our training step takes it on a given batch; on CUDA, captured
+    as well."""
     images, targets = case.batch
     optimizer = case.sgd(network.parameters(), fused=True)
     scores = common.Scores(case.settings()["members"], case.data.device)
@@ -208,7 +215,12 @@ def with_our_step(case, name, precision, network):
         with torch.no_grad():
             for part in test.split(case.block["batch"]):
                 network(part)
-    return Way(case, name, precision, step, evaluate)
+    ways = [Way(case, name, precision, step, evaluate)]
+    if images.is_cuda:
+        network.train()
+        fast.warm_up(step)
+        ways.append(Way(case, f"{name}, captured", precision, fast.record(step), evaluate, step))
+    return ways
 
 
 class Linears(nn.Module):
@@ -296,7 +308,7 @@ class Concatenating(nn.Module):
 def one_network(case, precisions):
     """The ways of one network, in each precision; a convolutional network takes its faster memory format."""
     if case.experiment.name == "mlp_fmnist":
-        return [with_our_step(case, "one network", "fp32", BatchedMLPs(case.stock()))]
+        return with_our_step(case, "one network", "fp32", BatchedMLPs(case.stock()))
     fastest = []
     for precision in precisions:
         tried = []
@@ -309,13 +321,13 @@ def one_network(case, precisions):
                 expected = torch.stack([one.eval()(images) for one in networks], 1)
                 error = (1e-3 if precision == "fp32" else 0.1) * expected.abs().max().item()
                 torch.testing.assert_close(network.eval()(images), expected, rtol=0, atol=error)
-            way = with_our_step(case, f"one network, {name}", precision, network)
 
             def probe(network=network, images=images):
                 network.train()(images).sum().backward()
             probe()
-            tried.append((seconds_per(probe, 1, case.data.device), way))
-        fastest.append(min(tried, key=lambda pair: pair[0])[1])
+            tried.append((seconds_per(probe, 1, case.data.device), f"one network, {name}", network))
+        _, name, network = min(tried, key=lambda one: one[0])
+        fastest += with_our_step(case, name, precision, network)
     return fastest
 
 
@@ -324,22 +336,25 @@ class Vmapped(nn.Module):
 
     def __init__(self, networks, bf16):
         super().__init__()
-        weights, _ = stack_module_state(networks)
+        weights, self.statistics = stack_module_state(networks)        # batch norm's are changed in place
         self.names = list(weights)
         self.weights = nn.ParameterList(w.detach() for w in weights.values())
         self.base, self.bf16 = [networks[0]], bf16              # (a list: no submodule)
 
     def forward(self, images):
-        def one(weights):
-            return functional_call(self.base[0], weights, (images,))
+        def one(weights, statistics):
+            return functional_call(self.base[0], (weights, statistics), (images,))
+        self.base[0].train(self.training)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = vmap(one)(dict(zip(self.names, self.weights, strict=True)))
+            logits = vmap(one)(dict(zip(self.names, self.weights, strict=True)), self.statistics)
         return logits.transpose(0, 1).float()
 
 
 def vmapped(case, precisions):
-    return [with_our_step(case, "vmap", precision, Vmapped(case.stock(), precision == "bf16"))
-            for precision in precisions if case.experiment.name != "densenet_cifar"]
+    ways = []
+    for precision in precisions:
+        ways += with_our_step(case, "vmap", precision, Vmapped(case.stock(), precision == "bf16"))
+    return ways
 
 
 class Stopwatch:
@@ -376,7 +391,11 @@ def floors(case, precisions, rates):
     """{(configuration, precision): function that returns seconds} of the least that any way must do."""
     build, s, data = case.experiment.build, case.settings(), case.data
     if case.experiment.name == "mlp_fmnist":
-        return {(case.name, "fp32"): lambda: seconds_per(products(case), 1, data.device)}
+        work = products(case)
+        if data.device.type == "cuda":          # five launches from Python take longer than the products
+            fast.warm_up(work)
+            work = fast.record(work)
+        return {(case.name, "fp32"): lambda: seconds_per(work, 10, data.device)}
     with torch.device("meta"):
         ensemble = build(s, data.shape, data.classes, torch.Generator("cpu"))
     with FlopCounterMode(display=False) as counter:
@@ -405,11 +424,12 @@ def products(case):
 
 def machine_rates(device):
     """Functions that measure FLOP/s of a large product (fp32, bf16) and bytes/s of a copy."""
-    a = torch.rand(2048, 2048, device=device)
-    b, block = a.bfloat16(), torch.rand(32 * 2**20, device=device)
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.rand(size, size, device=device)
+    b, block = a.bfloat16(), torch.rand(size // 64 * 2**20, device=device)
     target = torch.empty_like(block)
-    return {"fp32": lambda: 2 * 2048**3 / seconds_per(lambda: a @ a, 3, device),
-            "bf16": lambda: 2 * 2048**3 / seconds_per(lambda: b @ b, 3, device),
+    return {"fp32": lambda: 2 * size**3 / seconds_per(lambda: a @ a, 3, device),
+            "bf16": lambda: 2 * size**3 / seconds_per(lambda: b @ b, 3, device),
             "copy": lambda: 2 * 4 * len(block) / seconds_per(lambda: target.copy_(block), 3, device)}
 
 
@@ -426,6 +446,7 @@ def resident(key):
 def give_back(device):
     """Gives freed memory back to the system, where the C library can (glibc)."""
     gc.collect()
+    torch.cuda.empty_cache()
     if device.type == "cpu" and sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
@@ -457,7 +478,7 @@ def timed(way):
 def measure(ways, floor, device):
     """A row for each way: medians over rounds in which all ways take their turn. floor: as in `floors`."""
     rows = [{"configuration": way.case.name, "way": way.name, "precision": way.precision,
-             "peak_MB": memory_of(way.step, device) / 1e6} for way in ways]     # warms up as well
+             "peak_MB": memory_of(way.eager or way.step, device) / 1e6} for way in ways]    # warms up as well
     steps, evaluations = [[] for _ in ways], [[] for _ in ways]
     lowest, began = {key: [] for key in floor}, time.perf_counter()
     while len(steps[0]) < ROUNDS[0] or (len(steps[0]) < ROUNDS[1] and time.perf_counter() - began < SECONDS):

@@ -9,16 +9,14 @@ Asserted: a captured step is an eager step and a step on the CPU, within the err
 steps and a shorter last batch change nothing; rate 0 moves nothing; runs that end give their memory back; a run that
 is resumed is the run in one go, to the bit, with --deterministic; the preset `smoke` ends with status 0.
 
-Timed: "as it is" is what training does. The other rows change how the members of an ensemble are run:
-
-- N streams: the members share N streams, which the GPU runs at the same time;
-- one cast: in bf16 all weights are cast in one call, not each where it is used;
-- plain: images and filters in PyTorch's plain layout, not channels last;
-- benchmark: cuDNN times its kernels and takes the fastest;
-- compiled: torch.compile of a member.
+Timed: "as it is" is what training does: the members share eight streams, which a GPU runs at the same time. Other rows
+change that: another number of streams; "benchmark", cuDNN times its kernels and takes the fastest; "compiled", by
+torch.compile, member by member. benchmarks/h200_first.csv has two more that brought no more: plain instead of channels
+last, and all weights cast to bf16 in one call.
 
 Each is a step of the paper's size as a replayed graph, beside the floor of benchmarks/bench.py. "off" is how far its
-weights move away from those of "as it is", in percent of the way. Without a GPU both parts run at the size of `smoke`
+weights move away from those of "as it is", in percent of the way, and "kernels" adds up the times of all kernels.
+Without a GPU both parts run at the size of `smoke`
 on the CPU: that says whether this script works, and nothing else.
 """
 
@@ -47,8 +45,8 @@ import torch
 
 LAMBDA = 0.5
 EXPERIMENTS = {name: study.experiment_of(name) for name in ("mlp_fmnist", "densenet_cifar", "convnet_cifar")}
-ONE_OF = {"256x4H": "mlp_fmnist", "DN-Low": "densenet_cifar", "DN-High": "densenet_cifar",
-          "ConvNet-0.29M": "convnet_cifar"}
+ONE_OF = {name: experiment for experiment in EXPERIMENTS for name in presets.load_preset("paper")[experiment][
+    "configurations"]}
 
 
 def a_run(name, preset, precision="fp32", **changes):
@@ -197,73 +195,20 @@ def assertions(device):
 # --- How fast is it? -----------------------------------------------------------------------------
 
 
-WAYS = {"streams": 1, "one_cast": False, "plain": False, "benchmark": False, "compiled": False}
-ROWS = [                                # (network, precision, what differs from WAYS): the most telling first
-    ("256x4H", "fp32", {}),
-    ("DN-Low", "bf16", {}), ("DN-Low", "bf16", {"streams": 4}), ("DN-Low", "bf16", {"streams": 16}),
-    ("DN-Low", "bf16", {"streams": 8}), ("DN-Low", "bf16", {"one_cast": True}),
-    ("DN-Low", "bf16", {"streams": 8, "one_cast": True}),
-    ("DN-Low", "fp32", {}), ("DN-Low", "fp32", {"streams": 4}), ("DN-Low", "fp32", {"streams": 8}),
-    ("DN-High", "bf16", {}), ("DN-High", "bf16", {"streams": 4}), ("DN-High", "bf16", {"streams": 4, "one_cast": True}),
-    ("DN-High", "fp32", {}), ("DN-High", "fp32", {"streams": 4}),
-    ("ConvNet-0.29M", "bf16", {}), ("ConvNet-0.29M", "bf16", {"streams": 4}), ("ConvNet-0.29M", "bf16", {"streams": 8}),
-    ("ConvNet-0.29M", "fp32", {}), ("ConvNet-0.29M", "fp32", {"streams": 4}),
-    ("DN-Low", "fp32", {"plain": True}), ("DN-Low", "fp32", {"benchmark": True}), ("DN-Low", "bf16", {"plain": True}),
-    ("ConvNet-0.29M", "fp32", {"plain": True}), ("ConvNet-0.29M", "bf16", {"benchmark": True}),
-    ("ConvNet-0.29M", "bf16", {"streams": 4, "compiled": True}), ("DN-Low", "bf16", {"compiled": True}),
+ROWS = [                                # (network, precision, what is different): the most telling first
+    ("256x4H", "fp32", {}), ("DN-Low", "bf16", {}), ("DN-Low", "bf16", {"streams": 1}), ("DN-Low", "fp32", {}),
+    ("DN-Low", "fp32", {"streams": 1}), ("DN-High", "bf16", {}), ("DN-High", "bf16", {"streams": 1}),
+    ("DN-High", "fp32", {}), ("DN-High", "fp32", {"streams": 1}), ("ConvNet-0.29M", "bf16", {}),
+    ("ConvNet-0.29M", "bf16", {"streams": 1}), ("ConvNet-0.29M", "fp32", {}), ("ConvNet-0.29M", "fp32", {"streams": 1}),
+    *((name, precision, {}) for name in ("1x1024H", "16x64H", "64x16H", "DN-Mid", "ConvNet-0.07M", "ConvNet-0.14M",
+                                         "ConvNet-0.60M", "ConvNet-1.20M", "10xConvNet-0.29M")
+      for precision in ("fp32", "bf16") if not name.endswith("H") or precision == "fp32"),
+    *((name, precision, {"streams": count}) for name, precision in (
+        ("DN-Low", "bf16"), ("DN-Low", "fp32"), ("ConvNet-0.29M", "bf16"), ("ConvNet-0.29M", "fp32"))
+      for count in (4, 16)),
+    ("DN-Low", "fp32", {"benchmark": True}), ("ConvNet-0.29M", "fp32", {"benchmark": True}),
+    ("ConvNet-0.29M", "bf16", {"compiled": True}), ("DN-Low", "bf16", {"compiled": True}),
 ]
-
-
-class Cast(torch.autograd.Function):
-    """Weights (any shapes, fp32) as bf16, and their gradients back: one call for all of them."""
-
-    @staticmethod
-    def forward(ctx, *weights):
-        cast = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
-        torch._foreach_copy_(cast, weights)
-        return tuple(cast)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        cast = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
-        torch._foreach_copy_(cast, gradients)
-        return tuple(cast)
-
-
-def forward(ways, streams):
-    """Ensemble.forward in one of the ways; streams: enough CUDA streams, none on a CPU."""
-    layout = torch.contiguous_format if ways["plain"] else torch.channels_last
-    compiled = torch.compile(lambda member, images: member(images), dynamic=False) if ways["compiled"] else None
-
-    def one(self, m, images, cast):
-        member = self.members[m]
-        with torch.autocast(images.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
-            if cast:
-                return torch.func.functional_call(member, cast[m], (images,)).float()
-            return (compiled(member, images) if compiled else member(images)).float()
-
-    def run(self, images):
-        images, cast = images.contiguous(memory_format=layout), None
-        if self.bf16:
-            images = images.to(torch.bfloat16)
-        if self.bf16 and ways["one_cast"]:
-            names = [(m, name) for m, member in enumerate(self.members)
-                     for name, p in member.named_parameters() if p.dim() > 1]
-            weights = Cast.apply(*(self.members[m].get_parameter(name) for m, name in names))
-            cast = [{} for _ in self.members]
-            for (m, name), weight in zip(names, weights, strict=True):
-                cast[m][name] = weight
-        side = streams[:ways["streams"]] if ways["streams"] > 1 else []
-        logits, main = [], torch.cuda.current_stream() if side else None
-        for stream in side:
-            stream.wait_stream(main)
-        for m in range(len(self.members)):
-            with torch.cuda.stream(side[m % len(side)]) if side else contextlib.nullcontext():
-                logits.append(one(self, m, images, cast))
-        for stream in side:
-            main.wait_stream(stream)
-        return torch.stack(logits, 1)
-    return run
 
 
 def milliseconds(work, device):
@@ -286,26 +231,22 @@ def kernels(work):
 
 def row_of(name, precision, changes, device, rates, references):
     """Times one way of one network."""
-    cuda, ways, began = device.type == "cuda", WAYS | changes, time.perf_counter()
+    cuda, began = device.type == "cuda", time.perf_counter()
     experiment, run = a_run(name, "paper" if cuda else "smoke", precision)
     batch = run.settings["batch"]
     data = stand_in(experiment, 2 * batch, 8, device)
     ensemble, optimizer = common.new_ensemble(experiment.build, run, data)
-    if isinstance(ensemble, common.Ensemble) and changes:
-        bound = forward(ways, [torch.cuda.Stream() for _ in range(ways["streams"])] if cuda else [])
-        ensemble.forward = bound.__get__(ensemble)
-    if ways["plain"]:
-        for p in ensemble.parameters():
-            p.data = p.data.contiguous()
-    torch.backends.cudnn.benchmark = ways["benchmark"]
+    if changes.get("compiled"):
+        for member in ensemble.members:
+            member.compile(dynamic=False)
+    torch.backends.cudnn.benchmark = changes.get("benchmark", False)
     scores = common.Scores(run.settings["members"], device)
     batches = common.Batches(run, data, torch.arange(2 * batch, device=device))
     rows = torch.arange(batch, device=device)
     eager = common.stepper(run, ensemble, optimizer, scores, batches, eager=True)
     ensemble.train()
     row = {"network": name, "precision": precision, "way": ", ".join(
-        f"{value} streams" if key == "streams" else key.replace("_", " ") for key, value in changes.items())
-        or "as it is"}
+        key if value is True else f"{value} {key}" for key, value in changes.items()) or "as it is"}
     if cuda:                # of an eager step: a replay allocates nothing
         torch.cuda.reset_peak_memory_stats()
         step = fast.captured(eager, ensemble, optimizer, scores, rows)      # refuses a replay that differs
@@ -333,7 +274,7 @@ def row_of(name, precision, changes, device, rates, references):
 
 def times(device, seconds):
     """The rows, printed as they come, of those that begin within `seconds`."""
-    began, references, rows = time.perf_counter(), {}, []
+    began, usual, references, rows = time.perf_counter(), fast.STREAMS, {}, []
     rates = bench.machine_rates(device)
     print("rates: " + ", ".join(f"{name} {rate() / 1e12:.2f}" for name, rate in rates.items())
           + " (TFLOP/s of a large product, TB/s of a large copy)", flush=True)
@@ -341,6 +282,7 @@ def times(device, seconds):
         if time.perf_counter() - began > seconds:
             print(f"{name} {precision} {changes}: no time left", flush=True)
             continue
+        fast.STREAMS = changes.get("streams", usual)
         try:
             row = row_of(name, precision, changes, device, rates, references)
         except (RuntimeError, OSError) as error:        # one way that fails does not end the others
@@ -348,7 +290,7 @@ def times(device, seconds):
                   flush=True)
             continue
         finally:
-            torch.cuda.empty_cache()
+            bench.give_back(device)
         rows.append(row)
         print("  ".join([f"{row['network']:14s}", row["precision"], f"{row['way']:22s}",
                          *(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float)))]),
