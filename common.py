@@ -525,15 +525,15 @@ class Scores:
                 "diversity": mean_loss - ensemble_loss}
 
 
-AT_ONCE = {"cpu": 500, "cuda": 2000}    # images evaluated at once; on a CPU they stay in its cache
+AT_ONCE = 500      # images evaluated: they stay in a CPU's cache, and take less of a GPU's memory than a training step
 
 
 @torch.no_grad()
 def evaluate(ensemble, data, images, labels):
     """`Scores.summary` of an ensemble on images (n, C, H, W) with labels (n,)."""
     ensemble.eval()
-    scores, size = None, AT_ONCE[images.device.type]
-    for part, targets in zip(images.split(size), labels.split(size), strict=True):
+    scores = None
+    for part, targets in zip(images.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
         member_logits = ensemble(data.normalise(part))
         scores = scores or Scores(member_logits.shape[1], labels.device)
         scores.add(member_logits, targets, *evaluation_cross_entropies(member_logits, targets))
@@ -544,8 +544,8 @@ def evaluate(ensemble, data, images, labels):
 def predict(ensemble, data, images):
     """All member logits (n, M, K) of images (n, C, H, W)."""
     ensemble.eval()
-    logits, size = None, AT_ONCE[images.device.type]
-    for rows in torch.arange(len(images), device=images.device).split(size):
+    logits = None
+    for rows in torch.arange(len(images), device=images.device).split(AT_ONCE):
         part = ensemble(data.normalise(images[rows]))
         if logits is None:      # one block: half a gigabyte for 256x4H on the training split
             logits = part.new_empty(len(images), *part.shape[1:])

@@ -111,7 +111,7 @@ class FinishedRuns:
             keys = [(configuration, study.method_name(*which), trial)
                     for configuration, c in block["configurations"].items()
                     for which in study.drawn(draws, configuration, c) for trial in range(block["trials"])
-                    if study.trains(block, *which, trial)]
+                    if study.trains(c, *which, trial)]
             yield from ((experiment, *key) for key in keys)
             if figure in robustness.FIGURES:
                 yield from ((f"robustness-{self.drop}", *key) for key in keys)

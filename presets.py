@@ -52,10 +52,10 @@ SHARED = {      # the settings that every run of an experiment has, and the rule
     "decay": number(REAL, 1e-6, 1 - 1e-6, "a share of the epochs, above 0 and below 1 (the end)")}
 OTHERS = {      # the rest of an experiment's block
     "trials": COUNT, "tune": RATE, "bagging": one_of(("weights", "resample")), "penalties": RATE,
-    "once": (lambda x: isinstance(x, str) and re.fullmatch(METHOD_NAME, x),
-             "a method such as joint-0.5 or bagging"),
     "stacking": one_of(("validation", "training")), "folds": number(int, 2, MOST, "a whole number of at least 2")}
-CONFIGURATION = {"members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA}
+CONFIGURATION = {
+    "members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA,
+    "once": (lambda x: isinstance(x, str) and re.fullmatch(METHOD_NAME, x), "a method such as joint-0.5 or bagging")}
 NETWORK = {     # of the networks; another key must have the type that it has in the block `paper`
     **dict.fromkeys(("hidden", "depth", "growth", "filters", "strides"), COUNT), "batchnorm": SWITCH,
     "padding": number(int, 0, 1, "0 or 1"), "precision": one_of(("fp32", "bf16", "auto"))}
@@ -81,13 +81,22 @@ def hint(value):
 
 
 def merge(base, changes, where):
-    """`base` with the values of `changes`: only keys that `base` has, each value by its rule."""
+    """`base` with the values of `changes`: only keys that `base` has, each value by its rule.
+
+    A configuration may change what its block shares, too.
+    """
     if not isinstance(changes, dict):
         raise Refused(f"presets.yaml: {where} is {repr(changes)[:60]}: expected a block of settings")
     merged = dict(base)
     for key, value in changes.items():
         old = base[known(key, base, f"key in presets.yaml, {where}")]
-        if isinstance(old, dict) and key != "lr":
+        if key == "configurations" and isinstance(value, dict):
+            shared, merged[key] = {k: v for k, v in base.items() if k not in SHARED | OTHERS and k != key}, dict(old)
+            for name, own in value.items():
+                before = old[known(name, old, f"configuration in presets.yaml, {where}")]
+                after = merge(shared | before, own, f"{where}.{key}.{name}")
+                merged[key][name] = {k: v for k, v in after.items() if k in before or k in own}
+        elif isinstance(old, dict) and key != "lr":
             merged[key] = merge(old, value, f"{where}.{key}")
         else:
             check(key, value, old, f"presets.yaml, {where}.{key}")

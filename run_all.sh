@@ -108,8 +108,11 @@ echo "preset $what, ${asked:-which fits the device; others: bash run_all.sh pape
 echo "$("$python" --version): $why"
 if [ "$device" = auto ] && nvidia-smi -L >/dev/null 2>&1 &&
     ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "WARNING: torch cannot use this machine's GPU ($(nvidia-smi -L | head -n 1)): its driver may be too old."
-  echo "WARNING: training runs on the CPU."
+  why="torch cannot use this machine's GPU ($(nvidia-smi -L | head -n 1)): its driver may be too old (README, Two \
+commands)"
+  [[ $what = short || $what = paper ]] && refuse "$why; $what would take months of the CPU: mend this, or add \
+--device cpu"
+  echo "WARNING: $why. Training runs on the CPU."
 fi
 
 failed=()

@@ -131,13 +131,13 @@ def drawn(figure, configuration, c):
     return [(method, lam) for method, lam in planned(c) if {method, method_name(method, lam)} & words]
 
 
-def trains(block, method, lam, trial):
-    """Does a preset train this trial of a method? Of those in `once`, it trains the first only."""
-    return trial == 0 or method_name(method, lam) not in block["once"]
+def trains(c, method, lam, trial):
+    """Does a preset train this trial of a method of a configuration? Of those in `once`, it trains the first only."""
+    return trial == 0 or method_name(method, lam) not in c["once"]
 
 
 def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, methods=None, figures=None):
-    """The runs of an experiment, trial by trial, so that the first trial is complete early.
+    """The runs of an experiment, trial by trial, so that the first trial is complete early; those in `once` come last.
 
     `only`, `lambdas`, `methods` and `figures` narrow them. Stacking combines the members of its trial's lambda 0 run,
     which comes before it.
@@ -147,7 +147,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     for trial in range(block["trials"]):
         for name in dict.fromkeys(only or block["configurations"]):
             c = block["configurations"][name]
-            wanted = [each for each in planned(c, lambdas, methods) if trains(block, *each, trial)]
+            wanted = [each for each in planned(c, lambdas, methods) if trains(c, *each, trial)]
             if figures:
                 there = [each for figure in figures for each in drawn(experiment.figures[figure], name, c)]
                 wanted = [each for each in wanted if each in there]
@@ -166,7 +166,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     if not runs:
         raise Refused("no run matches this selection of configurations, methods, lambdas and figures (bagging, "
                       "stacking and independent need more than one member); see --dry-run without it")
-    return runs
+    return sorted(runs, key=lambda run: run.method_name in block["configurations"][run.configuration]["once"])
 
 
 def shard(runs, part, parts):

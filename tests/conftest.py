@@ -6,7 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Here and in children: bitwise promises are of the CPU, and tests at once share the cores.
+# Here and in children: bitwise promises are of the CPU, and tests at once share the cores. test_gpu.py sees the GPUs.
+os.environ.setdefault("GPUS_FOR_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))

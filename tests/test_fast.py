@@ -1,14 +1,18 @@
 """Each function of fast.py gives what its plain twin gives: values, gradients, trained weights."""
 
+import contextlib
 import math
 import multiprocessing
 import os
 import select
 import signal
 import time
+import types
 
+import study
 import common
 import fast
+import folders
 from common import Refused
 
 import pytest
@@ -37,6 +41,7 @@ def same(one, other):
 def test_the_fast_forms_are_what_runs():
     assert common.loss_and_cross_entropies is fast.joint_loss
     assert common.evaluation_cross_entropies is fast.cross_entropies and common.predicted is fast.argmax
+    assert common.for_each_member is fast.side_by_side
 
 
 # --- The loss ------------------------------------------------------------------------------------
@@ -200,6 +205,77 @@ def test_an_error_of_the_step_itself_ends_training(data, monkeypatch):
     monkeypatch.setattr(fast, "warm_up", lambda work: fail(RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="shapes"):
         train(a_run(), data)
+
+
+def test_eager_reaches_the_plan(data, monkeypatch):
+    captures(monkeypatch, lambda work: fail(AssertionError("captured")))
+    run = a_run()
+    experiment, eager = study.Experiment("mlp_fmnist", builder(run)), []
+    assert study.cost(experiment, run, data, eager=True) > 0
+    with pytest.raises(AssertionError, match="captured"):
+        study.cost(experiment, run, data)
+    monkeypatch.setattr(study, "cost", lambda *arguments: eager.append(arguments[3]) or 1.0)
+    study.estimate(experiment, [run], data, True)
+    assert eager == [True]
+
+
+def test_a_step_that_cannot_be_captured_is_said_in_run_json(data, monkeypatch, tmp_path):
+    captures(monkeypatch, lambda work: fail(RuntimeError("stream is capturing")))
+    run, said = a_run(), []
+    experiment = study.Experiment("mlp_fmnist", builder(run))
+    folders.run_missing([run], tmp_path, lambda run: study.do_run(
+        experiment, run, data, tmp_path, study.told(run, lambda *words: said.append(words))))
+    why = folders.read_run(tmp_path / run.path)["result"]["not_captured"]
+    assert why == ("a training step cannot be captured (stream is capturing); its steps are launched one by one, which "
+                   "is slower")
+    lines = [line for _, _, _, line, _ in said if line]
+    assert lines == [f"{run.label}: {why}"] and said[0][1] == said[0][4] == 0
+
+
+def test_a_learning_rate_on_a_gpu_is_a_float(data):
+    """The fused kernel of SGD cannot read another."""
+    images = types.SimpleNamespace(shape=data.shape, classes=data.classes, device=torch.device("meta"))
+    run = a_run(lr=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "SGD", lambda parameters, lr, **more: lr)
+        assert common.new_ensemble(builder(run), run, images)[1].dtype == torch.float32
+
+
+# --- Members on streams --------------------------------------------------------------------------
+
+
+class Stream:
+    """A stand-in for a CUDA stream that writes down who waits for whom."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("count, at_once", [(3, 2), (2, 2), (2, 8)])
+def test_members_fork_from_one_stream_and_join_it(monkeypatch, count, at_once):
+    log, on = [], []
+    side = [Stream(f"side {i}", log) for i in range(min(count, at_once))]
+    main = Stream("main", log)
+
+    @contextlib.contextmanager
+    def stream(which):
+        on.append(which.name)
+        yield
+    monkeypatch.setattr(fast, "STREAMS", at_once)
+    monkeypatch.setattr(fast, "streams", lambda number: side[:number])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    results = fast.side_by_side(lambda m: (log.append(f"member {m}"), m)[1], count, OnCuda("cpu"))
+    assert results == list(range(count)) and on == [f"side {m % len(side)}" for m in range(count)]
+    assert log == [*(f"{one.name} waits for main" for one in side), *(f"member {m}" for m in range(count)),
+                   *(f"main waits for {one.name}" for one in side)]
+
+
+def test_on_a_cpu_members_are_run_one_after_the_other():
+    assert fast.side_by_side(lambda m: m, 3, torch.device("cpu")) == [0, 1, 2]
 
 
 # --- Several processes ---------------------------------------------------------------------------

@@ -388,6 +388,7 @@ def test_deterministic_algorithms_are_enough_for_every_network(script):
                              (train_convnet_cifar, "ConvNet-0.07M")):
             assert script(module, "--preset", "smoke", "--trials", 1, "--epochs", 1, "--methods", "joint", "bagging",
                           "--lambdas", 0.5, "--only", only, *flags)[0] == 0
+        assert not (flags and torch.utils.deterministic.fill_uninitialized_memory)     # it would fill every new tensor
         torch.use_deterministic_algorithms(False)
         records.append({path: folders.read_run(path.parent) for path in Path("results").rglob("run.json")})
         shutil.rmtree("results")
@@ -395,3 +396,14 @@ def test_deterministic_algorithms_are_enough_for_every_network(script):
     for path, record in records[0].items():
         assert record["sha256"] == records[1][path]["sha256"], path
         assert (record["machine"]["deterministic"], records[1][path]["machine"]["deterministic"]) == (False, True)
+
+
+def test_an_operation_that_is_not_deterministic_gets_advice_that_fits():
+    """In a network of one's own; the words are PyTorch's."""
+    run = study.Run("test", "mine", "own", "joint", 0, 0, {"batch": 4}, False)
+    error = ("avg_pool3d_backward_cuda does not have a deterministic implementation, but you set "
+             "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or")
+    words = ("^own lambda 0 trial 0: --deterministic: avg_pool3d_backward_cuda does not have a deterministic "
+             "implementation: use another operation in the network, or leave --deterministic out$")
+    with pytest.raises(common.Refused, match=words), study.fix_told(run):
+        raise RuntimeError(error)

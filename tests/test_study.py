@@ -335,6 +335,11 @@ def test_a_stage_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path):
         env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1
     assert "WARNING: torch cannot use this machine's GPU (GPU 0: a card" in done.stdout
+    for preset in ("short", "paper"):
+        stopped = subprocess.run(["bash", ROOT / "run_all.sh", preset, "--dry-run"], cwd=tmp_path, capture_output=True,
+                                 text=True, env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""})
+        assert stopped.returncode == 2 and re.fullmatch(
+            r"error: torch cannot use this machine's GPU [^\n]* add --device cpu\n", stopped.stderr)
     assert "fig2: NOT DRAWN" in done.stdout and f"{tmp_path}/nowhere is not a folder" in done.stderr
     _, summary = done.stdout.split("NOT COMPLETE")
     for stage in ("data: CIFAR-100", "MLPs on Fashion-MNIST", "DenseNets on CIFAR-100", "ConvNets on CIFAR-100",
@@ -455,11 +460,15 @@ def altered_copy(study, target, change):
 
 def test_of_the_methods_in_once_only_the_first_trial_is_planned(tmp_path):
     block = presets.experiment_settings(presets.load_preset("overnight"), "overnight", "densenet_cifar")
-    assert block["once"] == ["joint-0.5", "joint-0.9", "bagging", "stacking"]
+    once = block["configurations"]["DN-Low"]["once"]
+    assert once == ["joint-0.5", "joint-0.9", "bagging", "stacking"]
     runs = machinery.list_runs("overnight", train_densenet_cifar.EXPERIMENT, block, {})
     trials = collections.Counter((run.configuration, run.method_name) for run in runs)
     assert {trials["DN-Low", name] for name in ("joint-0", "joint-1")} == {3}
-    assert {trials["DN-Low", name] for name in block["once"]} == {1}
+    assert {trials["DN-High", name] for name in once} == {1}
+    assert trials["DN-Low", "bagging"] == 0 and trials["DN-High", "stacking"] == 1       # methods of one configuration
+    late = [run.method_name in once for run in runs]
+    assert late == sorted(late) and {run.trial for run in runs[:late.index(True)]} == {0, 1, 2}
     there = {(run.experiment, run.configuration, run.method_name, run.trial) for run in runs}
     assert set(FinishedRuns(tmp_path, "overnight", "example").planned("table2")) == there
 
@@ -625,11 +634,10 @@ def test_bad_arguments_of_make_figures(script, arguments, words):
     assert not list(Path().iterdir())
 
 
-def test_common_is_what_every_table_counts():
-    """Table 1's bytes are those that common counts for the batch of the paper."""
+def test_the_bytes_of_table_1_are_of_the_papers_batch():
     c = presets.experiment_settings(presets.load_preset("paper"), "paper", "densenet_cifar")
     settings = c["configurations"]["DN-High"] | {"batch": c["batch"]}
-    assert study.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9
+    assert machinery.bytes_saved_for_backward(train_densenet_cifar.build, settings, (3, 32, 32), 100) > 8e9
 
 
 @pytest.mark.parametrize("where, said", [("checkout", None), ("inside another", "no commit: not a checkout"),
