@@ -4,6 +4,7 @@ make_figures.py and claims.py read run folders through this file and no other.
 """
 
 import collections
+import csv
 import functools
 import math
 from pathlib import Path
@@ -258,3 +259,20 @@ def setting(value):
     if value is None or value == []:
         return "all" if value is None else "none"
     return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def peak_of_runs(runs, configuration):
+    """The largest peak of a configuration's joint runs on a GPU, as text, or None."""
+    peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in folders.run_folders(
+        runs.results / runs.name / DENSENET / configuration, "joint-*")
+        if "peak_memory_bytes" in (record := folders.read_run(path))["result"]]
+    peak, s = max(peaks, key=lambda pair: pair[0], default=(None, None))
+    return peak and f"{peak / 1e9:.1f} GB (batch {s['batch']}, {s['precision']})"
+
+
+def peak_of_a_step(configuration):
+    """The peak of a training step of the paper's size, in fp32, on the GPU of benchmarks/h200.csv."""
+    with open(folders.HERE / "benchmarks/h200.csv", newline="", encoding="utf-8") as file:
+        row = next(row for row in csv.DictReader(file) if (row["network"], row["precision"], row["way"]) == (
+            configuration, "fp32", "as it is"))
+    return f"{float(row['peak_GB']):.1f} GB for a step on an {row['device']}"

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import study
 import common
+import finished
 import folders
 import robustness
 from study import experiment_of
-from finished import CONVNET, DENSENET, MLP, FinishedRuns, joint, mean_and_error, trained, trained_in, trials_of
+from finished import CONVNET, DENSENET, MLP, FinishedRuns, joint, mean_and_error, trained_in, trials_of
 
 import matplotlib
 import numpy as np
@@ -431,20 +432,6 @@ def parameters(experiment, settings):
     return sum(p.numel() for p in ensemble.parameters())
 
 
-def peak_on_cuda(runs, configuration):
-    """The largest peak of a configuration's joint runs on a GPU, as text, or that none was measured.
-
-    It is the peak of a training step: evaluation keeps nothing for a backward pass.
-    """
-    peaks = [(record["result"]["peak_memory_bytes"], trained(record)) for path in folders.run_folders(
-        runs.results / runs.name / DENSENET / configuration, "joint-*")
-        if "peak_memory_bytes" in (record := folders.read_run(path))["result"]]
-    if not peaks:
-        return "not measured on CUDA"
-    peak, s = max(peaks, key=lambda pair: pair[0])
-    return f"{peak / 1e9:.1f} GB (batch {s['batch']}, {s['precision']})"
-
-
 def table1(runs):
     """Table 1: the DenseNet ensembles, and what a training step takes."""
     paper, mine = (runs.block(DENSENET, preset) for preset in (runs.paper, runs.preset))
@@ -460,7 +447,8 @@ def table1(runs):
             row = {"configuration": name if block is paper else f"{name}, preset {runs.name}", "depth": c["depth"],
                    "k": c["growth"], "M": c["members"], "parameters": parameters(DENSENET, c),
                    "bytes_saved_for_backward": saved,
-                   "peak_cuda_memory": peak_on_cuda(runs, name) if as_trained else "not measured on CUDA"}
+                   "peak_cuda_memory": (as_trained and finished.peak_of_runs(runs, name)) or (
+                       finished.peak_of_a_step(name) if block is paper else "not measured on CUDA")}
             if block is paper:
                 row |= {"published_parameters": printed["parameters"], "published_memory": printed["memory"]}
             rows.append(row)

@@ -231,7 +231,7 @@ def kernels(work):
 
 def row_of(name, precision, changes, device, rates, references):
     """Times one way of one network."""
-    cuda, began = device.type == "cuda", time.perf_counter()
+    cuda, began, others = device.type == "cuda", time.perf_counter(), torch.cuda.memory_allocated()
     experiment, run = a_run(name, "paper" if cuda else "smoke", precision)
     batch = run.settings["batch"]
     data = stand_in(experiment, 2 * batch, 8, device)
@@ -247,10 +247,10 @@ def row_of(name, precision, changes, device, rates, references):
     ensemble.train()
     row = {"network": name, "precision": precision, "way": ", ".join(
         key if value is True else f"{value} {key}" for key, value in changes.items()) or "as it is"}
-    if cuda:                # of an eager step: a replay allocates nothing
+    if cuda:                # of the eager steps: a replay allocates nothing
         torch.cuda.reset_peak_memory_stats()
         step = fast.captured(eager, ensemble, optimizer, scores, rows)      # refuses a replay that differs
-        row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+        row["peak_GB"] = (torch.cuda.max_memory_allocated() - others) / 1e9
     else:
         step = eager
     start = flat(ensemble)

@@ -177,6 +177,31 @@ def test_the_minutes_of_the_figures_are_those_of_expected_quick():
         assert minutes == f"{sum(seconds[path] for path in paths) / 60:.1f}", name
 
 
+def test_the_costs_on_cuda_are_those_of_the_csv_files():
+    page, checked = PAGES["docs/costs.md"].split("## On CUDA")[1], 0
+    with open(ROOT / "benchmarks/h200.csv", newline="", encoding="utf-8") as file:
+        measured = {(row["network"], row["precision"], row["way"]): row for row in csv.DictReader(file)}
+    for line in re.findall(r"^\| \S+ \| (?:fp32|bf16) \|.*$", page, re.M):
+        network, precision, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        row, one = measured[network, precision, "as it is"], measured.get((network, precision, "1 streams"), {})
+        numbers = [row["step_ms"], row["floor_ms"], row["times_floor"], one.get("step_ms"), row["eager_ms"],
+                   row["peak_GB"]]
+        for cell, number in zip(cells, numbers, strict=True):
+            digits = len(cell.partition(".")[2])
+            assert cell == (f"{float(number):.{digits}f}" if number else ""), (network, precision, cell, number)
+            checked += 1
+    assert checked == 6 * 13
+    with open(ROOT / "benchmarks/h200_runs.csv", newline="", encoding="utf-8") as file:
+        gpu = {tuple(row["run"].split("/")[2:4]): row for row in csv.DictReader(file)}
+    cpu = {tuple(row["run"].split("/")[2:4]): row for row in csv_rows("paper/runs.csv") if "trial0" in row["run"]}
+    rows = re.findall(r"^\| (\S+), λ = (\S+) \| (\d+) s \| (\d+) min \| (\S+) % \| (\S+) % \|$", page, re.M)
+    assert len(rows) == 4
+    for configuration, lam, seconds, minutes, *errors in rows:
+        one, other = (runs[configuration, f"joint-{lam}"] for runs in (gpu, cpu))
+        assert (seconds, minutes) == (f"{float(one['seconds']):.0f}", f"{float(other['seconds']) / 60:.0f}")
+        assert errors == [f"{100 * float(row['test_ensemble_error']):.2f}" for row in (one, other)]
+
+
 # --- A study of one's own (docs/own-study.md) ----------------------------------------------------
 
 
