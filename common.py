@@ -454,9 +454,8 @@ class Ensemble(nn.Module):
     @staticmethod
     def without_counters(ensemble, state, *_):
         """Takes counters of batches that this ensemble does not have out of weights that are loaded."""
-        for key in [key for key in state if key.endswith("num_batches_tracked")]:
-            if key not in ensemble.state_dict():
-                del state[key]
+        for key in {key for key in state if key.endswith("num_batches_tracked")} - ensemble.state_dict().keys():
+            del state[key]
 
     def forward(self, images):
         if images.dim() == 4:
@@ -525,7 +524,7 @@ class Scores:
                 "diversity": mean_loss - ensemble_loss}
 
 
-AT_ONCE = 500      # images evaluated: they stay in a CPU's cache, and take less of a GPU's memory than a training step
+AT_ONCE = 500      # images evaluated: they stay in a CPU's cache, and bound what all streams take of a GPU's memory
 
 
 @torch.no_grad()
@@ -556,16 +555,15 @@ def predict(ensemble, data, images):
 # --- Training (appendix B) -----------------------------------------------------------------------
 
 
-def train(build, run, data, report=lambda epoch, history, warning=None: None, eager=False, checkpoint=None):
+def train(build, run, data, report=lambda epoch, history: None, eager=False, checkpoint=None):
     """Trains one run by the paper's protocol.
 
     With a validation split the reported epoch is the first with the lowest validation error of the ensemble; without
     one it is the last. Returns the ensemble with the weights of that epoch; the history, two `Scores.summary` per epoch
     (of the training steps, while the weights change; and of the validation split, or without one of the test set); the
     reported epoch, counted from 1; and the test scores there. The last two are None if the loss stops being finite: the
-    run has diverged. `report(epoch, history)` is called after each epoch, with a third argument, a warning, before the
-    first if a step cannot be captured; `checkpoint` (folders.Checkpoint) keeps the state; `eager` launches each step on
-    CUDA instead of replaying a captured one.
+    run has diverged. `report(epoch, history)` is called after each epoch; `checkpoint` (folders.Checkpoint) keeps the
+    state; `eager` launches each step on CUDA instead of replaying a captured one. Raises fast.CannotCapture.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(build, run, data)
@@ -581,7 +579,7 @@ def train(build, run, data, report=lambda epoch, history, warning=None: None, ea
     for group in optimizer.param_groups:        # a checkpoint's rate is on the CPU: a captured step cannot read it
         if isinstance(group["lr"], torch.Tensor):
             group["lr"] = group["lr"].to(data.device)
-    step = stepper(run, ensemble, optimizer, scores, batches, eager, lambda why: report(len(history), history, why))
+    step = stepper(run, ensemble, optimizer, scores, batches, eager)
 
     for epoch in range(len(history) + 1, s["epochs"] + 1):
         ensemble.train()
@@ -628,24 +626,18 @@ def training_step(ensemble, optimizer, scores, lam, images, targets, weights=Non
     scores.add(member_logits.detach(), targets, ensemble_loss, member_loss)
 
 
-def stepper(run, ensemble, optimizer, scores, batches, eager=False, warn=lambda why: None):
+def stepper(run, ensemble, optimizer, scores, batches, eager=False):
     """A function of rows (N,) that takes a training step; on CUDA it replays a captured one.
 
     A captured step reads and writes fixed addresses. Therefore moves, rate and scores change in place; a shorter last
-    batch is taken eagerly; and what the trial steps of the capture change is put back. If a step cannot be captured,
-    warn(why) is called, and steps are launched as with `eager`.
+    batch is taken eagerly; and what the trial steps of the capture change is put back. Raises fast.CannotCapture.
     """
     def step(rows):
         training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
 
     if batches.labels.device.type != "cuda" or eager:
         return step
-    try:
-        return fast.captured(step, ensemble, optimizer, scores,
-                             torch.arange(batches.size, device=batches.labels.device))
-    except fast.CannotCapture as error:
-        warn(f"{error}; its steps are launched one by one, which is slower")
-        return step
+    return fast.captured(step, ensemble, optimizer, scores, torch.arange(batches.size, device=batches.labels.device))
 
 
 DIAGNOSIS = (3, 5)      # an epoch, the paper's; a gap in points of error, ours, fixed before any run

@@ -271,8 +271,8 @@ def peak_of_runs(runs, configuration):
 
 
 def peak_of_a_step(configuration):
-    """The peak of a training step of the paper's size, in fp32, on the GPU of benchmarks/h200.csv."""
+    """The peak of a training step of the paper's size, in fp32, on the GPU of benchmarks/h200.csv, as text."""
     with open(folders.HERE / "benchmarks/h200.csv", newline="", encoding="utf-8") as file:
         row = next(row for row in csv.DictReader(file) if (row["network"], row["precision"], row["way"]) == (
             configuration, "fp32", "as it is"))
-    return f"{float(row['peak_GB']):.1f} GB for a step on an {row['device']}"
+    return f"at most {float(row['peak_GB']):.1f} GB for a step on an {row['device']}"

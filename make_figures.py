@@ -443,7 +443,7 @@ def table1(runs):
             if block is mine and all(c[key] == paper["configurations"][name][key] for key in sizes):
                 continue
             saved = study.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
-                                                    (3, 32, 32), 100)
+                                                   (3, 32, 32), 100)
             row = {"configuration": name if block is paper else f"{name}, preset {runs.name}", "depth": c["depth"],
                    "k": c["growth"], "M": c["members"], "parameters": parameters(DENSENET, c),
                    "bytes_saved_for_backward": saved,
@@ -463,7 +463,9 @@ def table1(runs):
     return Table("DenseNet ensembles on 32x32 images with 100 classes.",
                  ["Name", "Depth", "k", "M", "Parameters", "Saved for backward", "Peak on a GPU"], cells, rows,
                  [f"Saved for backward: the bytes that autograd keeps of one forward pass at batch {paper['batch']} in "
-                  "fp32, counted and not measured; weights, gradients and momenta are not in it."])
+                  "fp32, counted and not measured; weights, gradients and momenta are not in it.",
+                  "Peak on a GPU: of a run of this preset; without one, of benchmarks/h200.csv, whose own tensors of "
+                  "1.5 GB are in it."])
 
 
 def table2(runs):

@@ -11,19 +11,23 @@
 #
 # As a task of a SLURM array it trains its part of the runs and draws nothing: sbatch --array=0-31 run_all.sh paper
 #SBATCH --requeue --open-mode=append --output=slurm-%A_%a.out
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # sh run_all.sh
 refuse() { echo "error: $*" >&2; exit 2; }
 
-from=$PWD here=$(dirname "${BASH_SOURCE[0]}")
+from=$PWD here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ -f "$here/common.py" ] || here=${SLURM_SUBMIT_DIR:-$here}     # sbatch runs a copy from elsewhere
-[ -f "$here/common.py" ] || refuse "$here is not the package's folder: call sbatch in that folder"
+[ -f "$here/common.py" ] || refuse "$here is not the package's folder${SLURM_JOB_ID:+: call sbatch in that folder}"
 cd "$here" || exit 2
+export USER=${USER:-$(id -u)}   # PyTorch asks for the name of a user who may have none
+unset MPLBACKEND                # Jupyter's is none of ours
 
 # --- What is asked for -------------------------------------------------------------------------
 
 what="" device=auto dry="" train=() data=() drop=() draw=()
 while [ $# -gt 0 ]; do
+  [[ $1 == --*=* ]] && set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
-    -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' run_all.sh; exit 0 ;;
     --eager|--deterministic) train+=("$1"); shift; continue ;;
     --dry-run) dry=yes; shift; continue ;;
     -*) [ $# -ge 2 ] || refuse "$1: a value was expected after it" ;;
@@ -44,6 +48,13 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 
+step=${SLURM_ARRAY_TASK_STEP:-1}
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] &&
+    [ $(((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN) / step + 1)) != "$SLURM_ARRAY_TASK_COUNT" ]; then
+  refuse "this array of $SLURM_ARRAY_TASK_COUNT tasks has gaps between $SLURM_ARRAY_TASK_MIN and \
+$SLURM_ARRAY_TASK_MAX: each task trains one of as many equal parts; submit --array=0-N (finished runs are skipped)"
+fi
+
 # --- A Python with the packages ----------------------------------------------------------------
 
 # The active Python is used if it has the five packages in versions that this package was tested with; otherwise a
@@ -51,17 +62,24 @@ done
 requirements=requirements.txt tools=""
 [ "$what" = test ] && requirements=tests/requirements.txt tools="pytest xdist ruff"
 
-fits() {
-  "$1" - $tools 2>/dev/null <<'PYTHON'
+fits() {                        # or $unfit says why not
+  unfit=$("$1" - $tools 2>&1 <<'PYTHON'
 import importlib.util, sys
 tested = {"torch": ("2.11", "2.11"), "torchvision": ("0.26", "0.26"), "numpy": ("2.0", "2.4"),
           "matplotlib": ("3.9", "3.11"), "yaml": ("6.0", "6.0")}
 def release(text):
     return tuple(map(int, text.split(".")[:2]))
-ok = all(release(oldest) <= release(importlib.import_module(name).__version__) <= release(newest)
-         for name, (oldest, newest) in tested.items())
-sys.exit(not (ok and all(map(importlib.util.find_spec, sys.argv[1:]))))
+for name, (oldest, newest) in tested.items():
+    version = importlib.import_module(name).__version__
+    if not release(oldest) <= release(version) <= release(newest):
+        sys.exit(f"{name} {version} was not tested, {oldest} to {newest} were")
+for name in sys.argv[1:]:
+    if not importlib.util.find_spec(name):
+        sys.exit(f"No module named '{name}'")
 PYTHON
+  ) && return
+  unfit=${unfit##*$'\n'}
+  return 1
 }
 
 python=""
@@ -77,12 +95,13 @@ else
   if ! fits "$venv"; then
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "the packages are not installed: run \`bash run_all.sh smoke\` in \
 $PWD once, before the tasks of an array install them all at once"
+    fits "$python"
     echo "setting up .venv with $requirements (a minute or two online, 5 GB): the active Python \
-($("$python" --version 2>&1)) does not have all packages in tested versions"
+($("$python" --version 2>&1)) does not do: $unfit"
     { [ -x "$venv" ] || "$python" -m venv --clear --without-pip .venv; } &&
       "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check -r "$requirements" &&
-      fits "$venv" || refuse "the packages of $requirements could not be installed into .venv: the lines above say \
-why; be online, or activate a Python that has them"
+      { fits "$venv" || { echo "$unfit" >&2; false; }; } || refuse "the packages of $requirements could not be \
+installed into .venv: the lines above say why; be online, or activate a Python that has them"
   fi
   python=$venv why=".venv, with the packages of $requirements"
 fi
@@ -115,11 +134,22 @@ commands)"
   echo "WARNING: $why. Training runs on the CPU."
 fi
 
+# A stage is a process group of its own, so that a signal to this shell reaches all that a stage has started.
+stop() {                        # stop SIGNAL STATUS
+  [ -z "$group" ] || { kill "-$1" -- "-$group"; wait "$group"; }
+  exit "$2"
+}
+group=""
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop TERM 129' HUP
+
 failed=()
 stage() {                       # stage NAME COMMAND...: a stage that fails does not stop the others
   local name=$1 status; shift
   echo; echo "== $name"
-  "$@"; status=$?
+  set -m; "$@" & group=$!; set +m
+  wait "$group"; status=$?; group=""
   [ $status = 130 ] || [ $status = 143 ] && exit $status
   [ $status = 0 ] || [ $status = 3 ] || failed+=("$name (exit status $status)")
   return $status
@@ -137,7 +167,7 @@ if [ -z "$dry" ]; then          # the data first, so that nothing is downloaded 
 fi
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
+  part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / step))
   train+=(--shard "$part/$SLURM_ARRAY_TASK_COUNT")
   echo; echo "part $part of $SLURM_ARRAY_TASK_COUNT of the runs, by SLURM's array"
 else

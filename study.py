@@ -24,6 +24,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+os.environ.setdefault("USER", str(os.getuid()))     # PyTorch asks for the name of a user who may have none
+os.environ.pop("MPLBACKEND", None)                  # Jupyter's is none of ours
+
 try:
     import common
     import fast
@@ -205,33 +208,26 @@ def print_tuned(runs, results):
 # --- One run -------------------------------------------------------------------------------------
 
 
-def do_run(experiment, run, data, results, report=lambda epoch, history, warning=None: None, eager=False):
-    """Trains one run and writes its folder. Returns its result, as run.json has it.
+def do_run(experiment, run, data, results, report=lambda epoch, history: None, eager=None):
+    """Trains one run and writes its folder. Returns its result, as run.json has it. eager: why, if it is to be.
 
     Raises Refused, and writes nothing, if the device has too little memory.
     """
     checkpoint, ensemble, cuda = folders.Checkpoint(run, results), None, data.device.type == "cuda"
-    warnings = {}
-
-    def heard(epoch, history, warning=None):
-        if warning:
-            warnings["not_captured"] = warning
-        report(epoch, history, warning)
-
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with fix_told(run):
         if run.method == "stacking":
             test, arrays, result = stack(experiment, run, data, results)
         else:
-            ensemble, history, epoch, test = common.train(experiment.build, run, data, heard, eager, checkpoint)
+            ensemble, history, epoch, test = common.train(experiment.build, run, data, report, eager, checkpoint)
             arrays, result = reported(run, history, epoch)
-            result |= warnings
             if isinstance(ensemble, common.Ensemble):
                 untrained, _ = common.new_ensemble(experiment.build, run, data)
                 arrays["member_distance"] = common.distances(ensemble, untrained).cpu().numpy()
     if cuda:
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        result |= {"eager": eager} if eager else {}
     for key, value in (test or {}).items():
         if np.ndim(value) == 0:
             result[f"test_{key}"] = float(value)
@@ -279,7 +275,7 @@ def fix_told(run):
                           "network, or leave --deterministic out") from error
         if not fast.out_of_memory(error):
             raise
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(fast.root(error)))
         batch = run.settings["batch"]
         raise Refused(f"{run.label}: not enough memory{f' ({asked[1]} more were needed)' if asked else ''}: lower the "
                       f"batch (--set batch={max(1, batch // 2)} instead of {batch}) or the members, or free memory; "
@@ -424,10 +420,7 @@ def told(run, say):
     """The report of common.train on a run, as messages to a Progress."""
     part, epochs = "validation" if run.settings["validation"] else "test", run.settings["epochs"]
 
-    def report(epoch, history, warning=None):
-        if warning:
-            say(run.path, epoch / epochs, f"{run.label}: epoch {epoch + 1}/{epochs}", f"{run.label}: {warning}", 0)
-            return
+    def report(epoch, history):
         line, error = None, 100 * history[-1][1]["ensemble_error"]
         if epoch == common.DIAGNOSIS[0] and run.lam == 1 and run.settings["members"] > 1:
             line = common.diagnose(run.label, history[-1][0]["member_error"].numpy())
@@ -537,7 +530,8 @@ def training_parser(description):
     rule = (lambda x: len(x) == 2 and 0 <= x[0] < x[1], "I/N with I from 0 to N - 1, such as 0/4")
     p.add_argument("--shard", type=argument(lambda text: tuple(map(int, text.split("/"))), rule), default=(0, 1),
                    metavar="I/N", help="only part I, from 0, of N parts of the runs: for machines that share no folder")
-    p.add_argument("--eager", action="store_true", help="on CUDA, do not use CUDA graphs: launch each step (slower)")
+    p.add_argument("--eager", nargs="?", const="asked for", metavar="WHY", help="on CUDA, do not use CUDA graphs: "
+                   "launch each step (slower); WHY is kept in run.json")
     p.add_argument("--deterministic", action="store_true", help="on CUDA, use only kernels that repeat exactly; on "
                    "a CPU all do")
     p.add_argument("--fetch", action="store_true", help="get the data and stop; exit status 3 if synthetic images must "
@@ -561,6 +555,13 @@ def choose_device(name):
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def be_deterministic():
+    """Only kernels that repeat exactly, from now on."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # PyTorch asks for one of two
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # no number here is read before it is written
+
+
 def choose_preset(name, device):
     """The preset, by default one that fits the device: `paper` takes weeks of a GPU and is asked for by name."""
     return name or ("short" if device.type == "cuda" else "quick")
@@ -582,9 +583,7 @@ def prepare(experiment, args):
         known(word, block["configurations"], "configuration")
     figures, policy = figure_names(args.figure, experiment.figures), args.data or preset["data"]
     if args.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # PyTorch asks for one of two
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # no number here is read before it is written
+        be_deterministic()
     if device.type == "cuda" and (args.jobs or 1) > 1:
         raise Refused(f"--jobs {args.jobs}: on a GPU one run trains at a time; for several GPUs start this command "
                       "once for each, with CUDA_VISIBLE_DEVICES")
@@ -634,7 +633,19 @@ def run_at_once(runs, results, do, jobs, seconds, ready=lambda run: True, thread
 
 
 def train_study(experiment, args):
-    """What a training script does: trains the selected runs that are not in their folders yet."""
+    """What a training script does: trains the selected runs that are not in their folders yet.
+
+    If a step cannot be captured, it says so and starts the same command again with --eager.
+    """
+    try:
+        train_missing(experiment, args)
+    except fast.CannotCapture as error:
+        print(f"\n{error}: going on with --eager, which launches each step and is slower", flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--eager", str(error)])
+
+
+def train_missing(experiment, args):
+    """Trains the selected runs that are not in their folders yet. Raises fast.CannotCapture."""
     cores, results = torch.get_num_threads(), args.results
     block, data, runs = prepare(experiment, args)
     if args.tune:
@@ -668,6 +679,10 @@ def command_line(main):
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                                      # it is closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))     # noqa: SIM115 (until the process ends)
+        getattr(sys, name).reconfigure(errors="replace")                    # a λ in a locale that has none
     handler = signal.signal(signal.SIGTERM, stop)
     try:
         main()

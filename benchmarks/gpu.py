@@ -15,16 +15,15 @@ torch.compile, member by member. benchmarks/h200_first.csv has two more that bro
 last, and all weights cast to bf16 in one call.
 
 Each is a step of the paper's size as a replayed graph, beside the floor of benchmarks/bench.py. "off" is how far its
-weights move away from those of "as it is", in percent of the way, and "kernels" adds up the times of all kernels.
-Without a GPU both parts run at the size of `smoke`
-on the CPU: that says whether this script works, and nothing else.
+weights move away from those of "as it is", in percent of the way; kernels_ms adds up the times of all kernels; peak_GB
+is of the eager steps before, since a replay allocates nothing. Without a GPU both parts run at the size of `smoke` on
+the CPU: that says whether this script works, and nothing else.
 """
 
 import contextlib
 import csv
 import math
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -72,14 +71,15 @@ def flat(ensemble):
 
 
 def few_steps(case, device, eager):
-    """Nine steps, the third of each epoch on an odd batch: the weights, the mean member loss, and whether a step at
-    rate 0 leaves them alone."""
+    """Nine steps, the third of each epoch on an odd batch: how far the weights move, the mean member loss of the last
+    epoch, and whether a step at rate 0 leaves the weights alone."""
     experiment, run = case
     data = stand_in(experiment, 80, 40, device)                             # batches of 32, 32 and 16
     ensemble, optimizer = common.new_ensemble(experiment.build, run, data)
     scores = common.Scores(run.settings["members"], device)
     batches = common.Batches(run, data, torch.arange(80, device=device))
-    step = common.stepper(run, ensemble, optimizer, scores, batches, eager, lambda why: sys.exit(f"error: {why}"))
+    step = common.stepper(run, ensemble, optimizer, scores, batches, eager)
+    start = flat(ensemble)
 
     def set_rate(rate):
         for group in optimizer.param_groups:
@@ -95,7 +95,7 @@ def few_steps(case, device, eager):
     weights, loss = flat(ensemble), scores.summary()["mean_member_loss"]
     set_rate(0.0)
     step(torch.arange(32, device=device))
-    return weights.cpu(), loss, torch.equal(flat(ensemble), weights)
+    return (weights - start).cpu(), loss, torch.equal(flat(ensemble), weights)
 
 
 def steps_agree(device):
@@ -105,15 +105,15 @@ def steps_agree(device):
             ("DN-Low", "fp32", "resample"), ("DN-Low", "bf16", None), ("ConvNet-0.29M", "fp32", None),
             ("ConvNet-0.29M", "bf16", None)):
         case = a_run(name, "smoke", precision, batch=32, bagging=bagging)
-        captured, loss, still = few_steps(case, device, eager=False)
-        eager, other_loss, _ = few_steps(case, device, eager=True)
-        cpu, _, _ = few_steps(case, torch.device("cpu"), eager=True)
+        (captured, loss, still), (eager, other_loss, _) = (few_steps(case, device, way) for way in (False, True))
+        cpu, cpu_loss, _ = few_steps(case, torch.device("cpu"), True)
         off, far = (((one - other).norm() / other.norm()).item() for one, other in ((captured, eager), (eager, cpu)))
-        limit = 1e-3 if precision == "fp32" else 2e-2
-        yield (f"steps of {name} {precision}{f', bagging by {bagging}' * bool(bagging)}",
-               off < limit and far < 5 * limit and still and math.isclose(loss, other_loss, rel_tol=limit),
-               f"captured - eager {off:.1e}, eager - CPU {far:.1e} of the weights; rate 0 "
-               f"{'moves nothing' if still else 'MOVES THEM'}")
+        near, wide = (1e-3, 2e-2) if precision == "fp32" else (2e-2, 0.2)       # shares of the way that weights move
+        holds = (off < near and far < wide and still and math.isclose(loss, other_loss, rel_tol=near)
+                 and math.isclose(loss, cpu_loss, rel_tol=5 * near))
+        yield (f"steps of {name} {precision}{f', bagging by {bagging}' * bool(bagging)}", holds,
+               f"captured and eager apart by {100 * off:.2g} % of the way, eager and CPU by {100 * far:.2g} %; rate 0 "
+               f"{'moves nothing' if still else 'MOVES THE WEIGHTS'}")
 
 
 def memory_returns(device):
@@ -133,14 +133,13 @@ class Interrupted(Exception):
 
 def resume(device, folder):
     """Exits with status 0 if a run that stops after its second epoch and goes on equals a run in one go, to the bit."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     study.choose_device(device.type)
-    torch.use_deterministic_algorithms(True)
+    study.be_deterministic()
     folders.CHECKPOINT_SECONDS = 0
     experiment, run = a_run("DN-Low", "smoke", batch=32, epochs=4)
     data = stand_in(experiment, 80, 40, device)
 
-    def stop(epoch, history, warning=None):
+    def stop(epoch, history):
         if epoch == 3:
             raise Interrupted
     whole, parts = Path(folder, "whole"), Path(folder, "parts")
@@ -175,9 +174,9 @@ def ended(folder, process):
     said, _ = process.communicate()
     folder.cleanup()
     lines = said.splitlines() or [""]
-    warned = sum("cannot be captured" in line or "differs from an eager" in line for line in lines)
-    good = process.returncode == 0 and not warned
-    yield "run_all.sh smoke", good, f"exit status {process.returncode}, {warned} warnings; {lines[-1]}" + (
+    eagerly = sum("going on with --eager" in line for line in lines)
+    good = process.returncode == 0 and not eagerly
+    yield "run_all.sh smoke", good, f"exit status {process.returncode}, {eagerly} steps not captured; {lines[-1]}" + (
         "" if good else "\n" + "\n".join(lines[-30:]))
 
 
@@ -274,8 +273,9 @@ def row_of(name, precision, changes, device, rates, references):
 
 def times(device, seconds):
     """The rows, printed as they come, of those that begin within `seconds`."""
-    rates = bench.machine_rates(device)
-    print("rates: " + ", ".join(f"{name} {max(rate() for _ in range(3)) / 1e12:.2f}" for name, rate in rates.items())
+    measured = {name: max(rate() for _ in range(5)) for name, rate in bench.machine_rates(device).items()}
+    rates = {name: lambda rate=rate: rate for name, rate in measured.items()}
+    print("rates: " + ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in measured.items())
           + " (TFLOP/s of a large product, TB/s of a large copy)", flush=True)
     began, usual, references, rows = time.perf_counter(), fast.STREAMS, {}, []
     for name, precision, changes in ROWS:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import time
 import types
 
@@ -175,23 +176,21 @@ def masked(error):
 @pytest.mark.parametrize("replaying, why", [
     (lambda work: lambda: None, "a captured training step differs from an eager one by 100 % of its length"),
     (lambda work: lambda: (work(), work()), "a captured training step differs from an eager one by "),
-    (lambda work: fail(RuntimeError("stream is capturing\nmore")), "cannot be captured (stream is capturing)"),
-    (lambda work: masked(RuntimeError("a copy to the host")), "cannot be captured (a copy to the host)")],
+    (lambda work: fail(RuntimeError("stream is capturing\nmore")), r"cannot be captured \(stream is capturing\)$"),
+    (lambda work: masked(RuntimeError("a copy to the host")), r"cannot be captured \(a copy to the host\)$")],
     ids=["nothing", "twice", "cannot record", "masked"])
-def test_a_step_that_cannot_be_captured_is_taken_eagerly(data, monkeypatch, replaying, why):
-    """It is said, once, before the first epoch; and the numbers are those of --eager."""
-    eager, said = train(a_run(), data, eager=True), []
+def test_a_step_that_cannot_be_captured_raises(data, monkeypatch, replaying, why):
     captures(monkeypatch, replaying)
-    trained = train(a_run(), data, report=lambda *words: said.append(words))
-    assert said[0][0] == 0 and why in said[0][2] and not any(words[2:] for words in said[1:])
-    for one, other in zip(trained[0].parameters(), eager[0].parameters(), strict=True):
-        assert torch.equal(one, other)
+    with pytest.raises(fast.CannotCapture, match=why):
+        train(a_run(), data)
+    assert train(a_run(epochs=1), data, eager=True)[2] == 1                 # --eager captures nothing
 
 
 @pytest.mark.parametrize("where", ["warm_up", "record"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")], ids=str)
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+                                   RuntimeError("CUDA error: out of memory")], ids=str)
 def test_too_little_memory_is_no_failed_capture(data, monkeypatch, where, error):
     captures(monkeypatch)
     monkeypatch.setattr(fast, where, lambda work: masked(error))
@@ -219,17 +218,28 @@ def test_eager_reaches_the_plan(data, monkeypatch):
     assert eager == [True]
 
 
-def test_a_step_that_cannot_be_captured_is_said_in_run_json(data, monkeypatch, tmp_path):
-    captures(monkeypatch, lambda work: fail(RuntimeError("stream is capturing")))
-    run, said = a_run(), []
-    experiment = study.Experiment("mlp_fmnist", builder(run))
-    folders.run_missing([run], tmp_path, lambda run: study.do_run(
-        experiment, run, data, tmp_path, study.told(run, lambda *words: said.append(words))))
-    why = folders.read_run(tmp_path / run.path)["result"]["not_captured"]
-    assert why == ("a training step cannot be captured (stream is capturing); its steps are launched one by one, which "
-                   "is slower")
-    lines = [line for _, _, _, line, _ in said if line]
-    assert lines == [f"{run.label}: {why}"] and said[0][1] == said[0][4] == 0
+def test_a_study_whose_step_cannot_be_captured_begins_again_with_eager(monkeypatch, capsys):
+    """In a new process: PyTorch does not clean up after a recording that failed."""
+    why, started = "a training step cannot be captured (a copy to the host)", []
+    monkeypatch.setattr(study, "train_missing", lambda *_: fail(fast.CannotCapture(why)))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "smoke"])
+    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append((program, arguments)))
+    study.train_study(None, None)
+    assert f"{why}: going on with --eager" in capsys.readouterr().out
+    assert started == [(sys.executable, [sys.executable, "train.py", "--preset", "smoke", "--eager", why])]
+    assert study.training_parser("").parse_args(started[0][1][2:]).eager == why
+    assert study.training_parser("").parse_args(["--eager"]).eager == "asked for"
+
+
+def test_run_json_says_why_steps_were_not_captured(data, monkeypatch, tmp_path):
+    run, experiment = a_run(epochs=1), study.Experiment("mlp_fmnist", builder(a_run()))
+    monkeypatch.setattr(common.Data, "device", OnCuda("cpu"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(folders, "machine", lambda device: {"device": "a GPU"})
+    folders.run_missing([run], tmp_path, lambda run: study.do_run(experiment, run, data, tmp_path, eager="too new"))
+    result = folders.read_run(tmp_path / run.path)["result"]
+    assert (result["eager"], result["peak_memory_bytes"]) == ("too new", 7)
 
 
 def test_a_learning_rate_on_a_gpu_is_a_float(data):

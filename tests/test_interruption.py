@@ -287,7 +287,7 @@ def do_study(folder, jobs):
     """Gives the commands of STUDY in a folder, in a process that has imported everything."""
     os.chdir(folder)
     folders.CHECKPOINT_SECONDS = 0
-    study.estimate = lambda experiment, runs, data: {run.path: 1.0 for run in runs}     # and training begins at once
+    study.estimate = lambda experiment, runs, data, eager: {run.path: 1.0 for run in runs}  # training begins at once
     for module, arguments in STUDY.items():
         sys.argv = [module.__file__, "--preset", "smoke", "--trials", "1", "--jobs", str(jobs), *arguments]
         study.command_line(module.main)
