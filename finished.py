@@ -7,6 +7,7 @@ import collections
 import csv
 import functools
 import math
+import shlex
 from pathlib import Path
 
 import study
@@ -125,7 +126,7 @@ class FinishedRuns:
 
     @property
     def results_flag(self):
-        return f" --results {self.results}" if self.results != Path("results") else ""
+        return f" --results {shlex.quote(str(self.results))}" if self.results != Path("results") else ""
 
     def commands(self, figure, used):
         """The commands that make the runs of a figure, on the data of those in use."""

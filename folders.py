@@ -8,6 +8,7 @@ checkpoint.pt and .lock.
 import contextlib
 import copy
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import common
@@ -333,16 +335,21 @@ def whole_run(folder):
 
 def load_history(folder):
     """The arrays of history.npz, by name. Raises Damaged if it is not as it was written."""
-    with np.load(read_file(folder, "history.npz"), allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(read_file(folder, "history.npz"), allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:     # sealed as it is
+        raise damaged(folder / "history.npz", "it holds no arrays") from error
 
 
 def load_weights(folder, device):
     """The state_dict of the reported epoch. Raises Damaged if it is not as it was written."""
     try:
         return torch.load(read_file(folder, "weights.pt"), map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:         # more than weights, checksum or not
-        raise damaged(folder / "weights.pt", "it holds more than weights") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:          # sealed as it is: on other bytes an unpickler raises anything
+        raise damaged(folder / "weights.pt", "it holds something else than weights") from error
 
 
 def difference(there, here):
@@ -442,17 +449,30 @@ class Checkpoint:
         return [], None
 
 
+def opened(path):
+    """A file for a lock. Another user's, which must not be written, can be locked as well."""
+    try:
+        return open(path, "a", encoding="utf-8")
+    except PermissionError:
+        return open(path, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def lock(run, results):
     """Locks a run: yields False if another process has it. The lock disappears with its process."""
     path = results / run.path / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with opened(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            warn_once(f"{results} is on a file system without locks ({error.strerror}): nothing keeps two commands "
+                      "there from training the same runs; start one at a time, or use --shard")
         try:
             same = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except FileNotFoundError:
@@ -464,6 +484,11 @@ def lock(run, results):
             yield True
         finally:
             path.unlink(missing_ok=True)
+
+
+@functools.cache
+def warn_once(text):
+    print(f"WARNING: {text}", flush=True)
 
 
 def run_missing(runs, results, do, ready=lambda run: True, waiting=lambda: None):
@@ -483,6 +508,8 @@ def run_missing(runs, results, do, ready=lambda run: True, waiting=lambda: None)
                 if not mine:
                     locked.append(run)
                 elif to_be_done(run, results):
+                    for left in (results / run.path).glob(".*.[0-9]*"):     # half a file, of a process that was killed
+                        left.unlink(missing_ok=True)
                     set_aside(results / run.path)
                     do(run)
         if unready == runs:

@@ -105,7 +105,13 @@ def merge(base, changes, where):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in a block is an error."""
+    """YAML in which a key that stands twice in a block is an error, and so is a number that begins with 0, or 1:30."""
+
+    def construct_yaml_int(self, node):
+        if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value} is not a whole number as it is written here, such as 10", node.start_mark)
+        return int(node.value)
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -114,6 +120,9 @@ class Loader(yaml.SafeLoader):
             if key.value in keys[:i]:
                 raise yaml.composer.ComposerError(None, None, f"the key {key.value} stands twice", key.start_mark)
         return node
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 
 def load_preset(name, path=HERE / "presets.yaml"):
@@ -158,7 +167,7 @@ def set_value(block, change):
     if key in block and configuration:
         raise Refused(f"--set {change}: {key} holds for all configurations; leave '{configuration}.' out")
     with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
-        value = yaml.safe_load(value)
+        value = yaml.load(value, Loader)
     chosen = [known(configuration, configurations, "configuration in --set")] if configuration else configurations
     for target in [block] if key in block else [configurations[each] for each in chosen]:
         check(key, value, target[key], f"--set {change}")

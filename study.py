@@ -269,11 +269,11 @@ def fix_told(run):
     """Turns an error of too little memory, or of --deterministic, into Refused, with the fix."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if "use_deterministic_algorithms" in str(error):
             raise Refused(f"{run.label}: --deterministic: {str(error).split(',')[0]}: use another operation in the "
                           "network, or leave --deterministic out") from error
-        if not fast.out_of_memory(error):
+        if not (isinstance(error, MemoryError) or fast.out_of_memory(error)):
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(fast.root(error)))
         batch = run.settings["batch"]
@@ -333,10 +333,15 @@ def estimate(experiment, runs, data, eager=False):
     return seconds
 
 
+def untrained_on_meta(build, settings, shape, classes):
+    """The ensemble in fp32 without memory: for its shapes."""
+    with torch.device("meta"):
+        return build(settings | {"precision": "fp32"}, shape, classes, torch.Generator("cpu")).train()
+
+
 def bytes_saved_for_backward(build, settings, shape, classes):
     """What autograd keeps of one forward pass for the backward pass in fp32, weights left out; takes no memory."""
-    with torch.device("meta"):
-        ensemble = build(settings | {"precision": "fp32"}, shape, classes, torch.Generator("cpu"))
+    ensemble = untrained_on_meta(build, settings, shape, classes)
     kept, weights = {}, {p.untyped_storage()._cdata for p in ensemble.parameters()}
 
     def keep(tensor):
@@ -346,8 +351,21 @@ def bytes_saved_for_backward(build, settings, shape, classes):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ensemble.train()(torch.empty(settings["batch"], *shape, device="meta"))
+        ensemble(torch.empty(settings["batch"], *shape, device="meta"))
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def refuse_lone_images(experiment, runs, data):
+    """Raises Refused if a last batch of one image leaves batch norm one value, of which it has no deviation."""
+    for s in {run.configuration: run.settings for run in runs}.values():
+        n = s["train"] or len(data.train_labels) - s["validation"]
+        if n % s["batch"] == 1:
+            try:
+                untrained_on_meta(experiment.build, s, data.shape, data.classes)(
+                    torch.empty(1, *data.shape, device="meta"))
+            except ValueError as error:
+                raise Refused(f"batch {s['batch']}: the last batch of {n} training images has one image, which is too "
+                              f"few for this network's batch norm ({error}): use another batch") from error
 
 
 def runs_at_once(experiment, runs, data, jobs, cores):
@@ -596,8 +614,10 @@ def prepare(experiment, args):
         sys.exit(0 if data or policy == "synthetic" else 3)
     runs = list_runs(name, experiment, block, None, args.seed, args.only, args.lambdas, args.methods, figures)
     refuse_contradictions(block, runs, args.tune)
-    data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
+    with fix_told(runs[0]):
+        data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
     runs = [replace(run, settings=run.settings | {"data": data.description}) for run in runs]
+    refuse_lone_images(experiment, runs, data)
     with fix_told(runs[0]):
         return block, data.to(device), shard(runs, *args.shard)
 

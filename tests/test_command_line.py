@@ -179,8 +179,8 @@ def test_hostile_values(tmp_path, key):
     """No value is taken for a number that is none, or has no sense, in --set and in presets.yaml."""
     preset, path = presets.load_preset("smoke"), tmp_path / "presets.yaml"
     text_of_paper = (folders.HERE / "presets.yaml").read_text() + "\nhostile:\n  mlp_fmnist:\n"
-    for text in ("true", ".nan", ".inf", "[.nan]", "ten", "-1", "[-1]", "9" * 40, "{a: 1}", "{1: true}", "''", "null",
-                 "!!python/object/apply:os.getcwd []", DEEP):
+    for text in ("true", "010", "1:30", ".nan", ".inf", "[.nan]", "ten", "-1", "[-1]", "9" * 40, "{a: 1}", "{1: true}",
+                 "''", "null", "!!python/object/apply:os.getcwd []", DEEP):
         with pytest.raises(common.Refused, match=rf"^--set {key}=[^\n]* is not [^\n]*$"):
             presets.experiment_settings(preset, "smoke", "mlp_fmnist", [f"{key}={text}"])
         path.write_text(text_of_paper + (f"    {key}: {text}\n" if key != "lr" else

@@ -93,7 +93,7 @@ def test_any_locale_does(tmp_path, locale):
     """Files are UTF-8; a λ that the terminal does not have becomes a question mark."""
     code = ("import sys, study, make_figures; sys.argv[1:] = ['table2', '--preset', 'quick', '--results', "
             f"'{folders.HERE}/expected/quick/results', '--figures-dir', '{tmp_path}']; "
-            "study.command_line(lambda: print('λ ±') or make_figures.main())")
+            "study.command_line(lambda: print('\\u03bb \\u00b1') or make_figures.main())")
     done = subprocess.run([sys.executable, "-c", code], cwd=folders.HERE, capture_output=True, env=os.environ | locale)
     assert done.returncode == 0 and done.stdout.split(b"\n")[0] in (b"? ?", "λ ±".encode()), done.stderr
     assert "λ" in (tmp_path / "quick/table2.md").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -267,14 +268,30 @@ def test_a_run_that_was_made_without_the_weights_it_must_keep_is_made_anew(scrip
         assert len(list(Path().rglob("weights.pt"))) == 1
 
 
-def test_weights_that_are_code_are_not_run(script, folder):
-    """With a checksum that fits, as someone who sends both can make it."""
+def seal(folder, name):
+    """Gives a file of a run a checksum that fits, as someone who sends both can."""
     record = folders.read_run(folder)
-    torch.save({"hidden_weight": Malice()}, folder / "weights.pt")
-    record["sha256"]["weights.pt"] = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()
+    record["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     (folder / "run.json").write_text(json.dumps(record | {"seal": folders.seal(record)}))
+
+
+@pytest.mark.parametrize("content", ["code", b"", b"PK\x03\x04 no archive", b"text"])
+def test_weights_that_are_code_or_something_else_are_not_loaded(script, folder, content):
+    if content == "code":
+        torch.save({"hidden_weight": Malice()}, folder / "weights.pt")
+    else:
+        (folder / "weights.pt").write_bytes(content)
+    seal(folder, "weights.pt")
     status, _, err = script(robustness, *SELECT)
-    assert status == 2 and "weights.pt is damaged (it holds more than weights)" in err
+    assert status == 2 and "weights.pt is damaged (it holds something else than weights)" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"text"])
+def test_a_history_that_is_none_is_told(folder, content):
+    (folder / "history.npz").write_bytes(content)
+    seal(folder, "history.npz")
+    with pytest.raises(folders.Damaged, match=r"history\.npz is damaged \(it holds no arrays\)"):
+        folders.load_history(folder)
 
 
 # --- A whole study, killed again and again -------------------------------------------------------
@@ -363,7 +380,8 @@ def test_a_full_disk_loses_nothing_and_the_command_goes_on_when_there_is_room(sc
     command = (*TINY, "--results", disk, "--jobs", jobs, "--trials", trials)
     (disk / "others").write_bytes(bytes(7_000_000))
     status, _, err = script(train_mlp_fmnist, *command)
-    assert status == 2 and err.count("\n") == 1 and "weights.pt cannot be written: No space left on device" in err
+    assert status == 2 and err.count("\n") == 1
+    assert re.search(r"(weights\.pt|history\.npz) cannot be written: No space left on device", err)  # (two at once)
     assert not list(disk.rglob("*weights.pt*")) and not list(disk.rglob("run.json"))
     (disk / "others").unlink()
     assert script(train_mlp_fmnist, *command)[0] == 0

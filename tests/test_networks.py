@@ -1,5 +1,6 @@
 """MLPs, DenseNets and ConvNets, and ensembles of them, against the definitions and stock networks."""
 
+import contextlib
 import copy
 import math
 from dataclasses import replace
@@ -301,6 +302,17 @@ def test_the_distance_from_the_initial_weights():
         for p in moved.members[2].parameters():
             p.zero_()
     assert common.distances(moved, nets).tolist() == pytest.approx([0, 0.5, 1])
+
+
+@pytest.mark.parametrize("batch, size, refused", [(20, 4, True), (20, 8, False), (21, 4, False)])
+def test_a_last_batch_of_one_image_that_batch_norm_cannot_take_is_refused(batch, size, refused):
+    """61 images: three batches of 20 and one image, whose last feature maps have one pixel if it has 4x4."""
+    data = common.synthetic(10, (3, size, size), 61, 10)
+    settings = {"depth": 10, "growth": 2, "members": 2, "batch": batch, "train": None, "validation": 0}
+    run = study.Run("test", "densenet_cifar", "small", "joint", 1.0, 0, settings, False)
+    with pytest.raises(common.Refused, match=r"batch 20: the last batch of 61 .* one image") if refused else (
+            contextlib.nullcontext()):
+        study.refuse_lone_images(train_densenet_cifar.EXPERIMENT, [run], data)
 
 
 def test_bytes_saved_for_backward_are_those_that_a_step_keeps():

@@ -335,14 +335,16 @@ def test_a_diverged_run_is_recorded_and_leaves_no_numbers(data, tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"), "2.50 GiB more"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. Error "
                   "code 12"), "123 bytes more"),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)], ids=["CUDA", "CPU", "another error"])
+    (MemoryError("Unable to allocate 1.2 GiB for an array"), ""),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)], ids=["CUDA", "CPU", "NumPy", "another error"])
 def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkeypatch, error, words):
     def fail(*_):
         raise error
     monkeypatch.setattr(common, "training_step", fail)
-    with pytest.raises(common.Refused if words else RuntimeError) as refusal:
+    with pytest.raises(RuntimeError if words is None else common.Refused) as refusal:
         study.do_run(EXPERIMENT, a_run(), data, tmp_path)
-    for word in (words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members") if words else ("mat1",):
+    for word in (words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members") if words is not None else (
+            "mat1",):
         assert word in str(refusal.value)
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -109,6 +110,47 @@ def test_a_run_that_another_process_trains_is_passed_over_until_that_ends(script
     assert status == 0 and passed == 2 * [["joint-1", "joint-1"]]   # neither lambda 0 nor its stacking
     assert re.search(r"^\[2/4\] waiting for runs that other processes train, about", out, re.M)
     assert len(list(Path("results").rglob("run.json"))) == 4 and not list(Path("results").rglob(".lock"))
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    runs, done = [study.Run("p", "e", "c", "joint", 0.0, trial, {}, False) for trial in (0, 1)], []
+    folders.run_missing(runs, tmp_path, done.append)
+    assert done == runs
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"WARNING: {tmp_path} is on a file system without locks (Function not") and "--shard" in line
+
+
+def test_the_lock_of_another_user_is_passed_over(tmp_path, monkeypatch):
+    """It may be read and not written."""
+    run = study.Run("p", "e", "c", "joint", 0.0, 0, {}, False)
+    (tmp_path / run.path).mkdir(parents=True)
+    (tmp_path / run.path / ".lock").touch()
+
+    def open_to_read(path, mode="r", **options):
+        if mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, mode, **options)
+    monkeypatch.setattr(folders, "open", open_to_read, raising=False)
+    with open(tmp_path / run.path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with folders.lock(run, tmp_path) as mine:
+            assert not mine
+    with folders.lock(run, tmp_path) as mine:
+        assert mine
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    run = study.Run("p", "e", "c", "joint", 0.0, 0, {}, False)
+    folder = tmp_path / run.path
+    folder.mkdir(parents=True)
+    for name in (".weights.pt.4711", ".checkpoint.pt.12", "checkpoint.pt", "damaged-1-checkpoint.pt"):
+        (folder / name).touch()
+    there = []
+    folders.run_missing([run], tmp_path, lambda run: there.extend(sorted(path.name for path in folder.iterdir())))
+    assert there == [".lock", "checkpoint.pt", "damaged-1-checkpoint.pt"]
 
 
 def test_nobody_waits_for_a_run_that_nobody_trains(tmp_path):
