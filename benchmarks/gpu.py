@@ -219,8 +219,7 @@ def milliseconds(work, device):
 
 
 def kernels(work):
-    """The number of kernels that a replay runs, and their times added up in ms: more than the step's, if they overlap.
-    """
+    """The number of kernels that a replay runs, and their times added up, in ms: more than the step's if they overlap."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
@@ -299,12 +298,13 @@ def times(device, seconds):
 
 
 def best(rows):
-    """A line for each network and precision: the fastest way."""
+    """A line for each network and precision with several ways: the fastest."""
     for key in dict.fromkeys((row["network"], row["precision"]) for row in rows):
-        own = [row for row in rows if (row["network"], row["precision"]) == key]
-        base, least = own[0]["step_ms"], min(own, key=lambda row: row["step_ms"])
-        print(f"{' '.join(key)}: the fastest way is {least['way']}, {base / least['step_ms']:.2f} times as fast as "
-              f"{own[0]['way']}")
+        first, *others = [row for row in rows if (row["network"], row["precision"]) == key]
+        if others:
+            least = min((first, *others), key=lambda row: row["step_ms"])
+            print(f"{' '.join(key)}: the fastest way is \"{least['way']}\", in {least['step_ms'] / first['step_ms']:.2f} of "
+                  f"the time of \"{first['way']}\"")
 
 
 # --- main ----------------------------------------------------------------------------------------
