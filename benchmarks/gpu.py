@@ -219,7 +219,7 @@ def milliseconds(work, device):
 
 
 def kernels(work):
-    """The number of kernels that a replay runs, and their times added up, in ms: more than the step's if they overlap."""
+    """How many kernels a replay runs, and their times added up, in ms: more than the step's if they overlap."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
@@ -303,8 +303,8 @@ def best(rows):
         first, *others = [row for row in rows if (row["network"], row["precision"]) == key]
         if others:
             least = min((first, *others), key=lambda row: row["step_ms"])
-            print(f"{' '.join(key)}: the fastest way is \"{least['way']}\", in {least['step_ms'] / first['step_ms']:.2f} of "
-                  f"the time of \"{first['way']}\"")
+            share = least["step_ms"] / first["step_ms"]
+            print(f"{' '.join(key)}: fastest is \"{least['way']}\", in {share:.2f} of the time of \"{first['way']}\"")
 
 
 # --- main ----------------------------------------------------------------------------------------
