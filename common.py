@@ -1,6 +1,6 @@
 """The science: data -> batches -> joint loss -> ensemble -> scores -> training -> stacking.
 
-Read it from top to bottom; who only wants the science may begin at "Splits". study.py has the machinery around it, and
+Read it from top to bottom; if you only want the science, start at "Splits". study.py has the machinery around it,
 fast.py faster forms of a few functions. Shapes: N examples, M members, K classes. An ensemble maps images (N, C, H, W),
 or one batch per member (N, M, C, H, W), to member logits (N, M, K); the ensemble's own logits are their mean over M.
 
@@ -222,9 +222,9 @@ def pixel_statistics(images):
 def synthetic(classes, shape, train, test, seed=0):
     """A stand-in made from a seed, with the form of the real data and some of its difficulty.
 
-    Every class is a smooth prototype. An image is its class's, moved by up to two pixels and faded, with probability
-    1/2 as a negative, over part of another class's, in noise. A linear network learns next to nothing from them, and a
-    larger network more than a small one.
+    Every class has a smooth prototype. An image is the sum of its class's, scaled by 0.5 to 1 and negated with
+    probability 1/2, of another class's, scaled by 0 to 0.9, both moved by up to two pixels, and of noise. A linear
+    network learns next to nothing from them, and a larger network more than a small one.
     """
     channels, size, _ = shape
     g = torch.Generator().manual_seed(seed)
@@ -338,16 +338,17 @@ def multiplicities(draws):
 class Batches:
     """The training images of one run, as bytes on the device; batches are gathered by index.
 
-    An epoch takes the images `rows` of the data in one random order, cropped and flipped if the run says so. Bagging
-    has two forms. `weights`: the members share their batches, and an image's multiplicity in a member's bootstrap
-    weighs that member's loss. `resample`: each member has the images of its own bootstrap, with crops and flips of
-    their own, because batch norm must not see images that are not in the bootstrap.
+    An epoch takes the images `training` of the data in one random order, cropped and flipped if the run says so; rows
+    are positions among them. Bagging has two forms. `weights`: the members share their batches, and a member's loss on
+    an image is multiplied by how often the image is in its bootstrap. `resample`: each member has the images of its own
+    bootstrap, with crops and flips of its own, because batch norm must not see images outside the bootstrap; rows are
+    positions among each member's draws.
     """
 
-    def __init__(self, run, data, rows):
-        s, n, device = run.settings, len(rows), data.device
+    def __init__(self, run, data, training):
+        s, n, device = run.settings, len(training), data.device
         self.data, self.size = data, s["batch"]
-        self.images, self.labels = data.train_images[rows], data.train_labels[rows]
+        self.images, self.labels = data.train_images[training], data.train_labels[training]
         self.order, self.augmentation = run.generator("order"), run.generator("augmentation")
         self.draws = self.counts = self.moves = None
         if s.get("bagging"):        # a setting of bagging runs alone
@@ -391,9 +392,10 @@ class Batches:
 def joint_loss(member_logits, targets, lam):
     """Eq. 4: lambda CE(softmax of the mean logits) + (1 - lambda) mean of the members' CE.
 
-    member_logits (N, M, K); targets (N,), or probabilities (N, K). Its gradient for the logits of member j is Eq. 9,
-    for K classes ((1 - lambda) q_j + lambda q-bar - y) / (N M). Eq. 5, the same loss through the diversity, is in
-    identities.py. This form is for reading; training computes the same in fast.joint_loss.
+    member_logits (N, M, K); targets (N,), or probabilities (N, K). Eq. 9, its gradient with respect to the logits of
+    member j for one example: ((1 - lambda) q_j + lambda q-bar - y) / (N M), with q_j the softmax of member j, q-bar
+    that of the mean logits, y the one-hot label. Eq. 5, the same loss through the diversity, is in identities.py. This
+    form is for reading; training computes the same in fast.joint_loss.
     """
     members = member_logits.shape[1]
     ensemble_loss = F.cross_entropy(member_logits.mean(1), targets)
@@ -405,7 +407,7 @@ def bagging_loss(member_logits, targets, weights=None):
     """Eq. 4 at lambda 0 where each member has a bootstrap of its own.
 
     `resample`: targets (N, M). `weights`: targets (N,), and weights (N, M), how often each example stands in each
-    member's bootstrap, 1 on average: the sum is over N, not over the weights. For reading, as joint_loss is.
+    member's bootstrap, 1 on average: the sum is divided by N M, not by the weights. For reading, as joint_loss is.
     """
     if targets.dim() == 1:
         targets = targets[:, None].expand(-1, member_logits.shape[1])
@@ -420,12 +422,13 @@ def cross_entropies(member_logits, targets):
                 -1, member_logits.shape[1]), reduction="none"))
 
 
-# What runs: faster forms, which tests/test_fast.py holds equal. loss_and_cross_entropies(member_logits, targets, lam,
-# weights=None) gives joint_loss, or bagging_loss, and both cross entropies without a gradient, (N,) and (N, M), in one
-# pass with Eq. 9 written out. evaluation_cross_entropies is cross_entropies; predicted(member_logits) is argmax(-1);
-# for_each_member(work, count, device) is [work(m) for m in range(count)].
-loss_and_cross_entropies, evaluation_cross_entropies, predicted = fast.joint_loss, fast.cross_entropies, fast.argmax
-for_each_member = fast.side_by_side
+# What runs: faster forms, which tests/test_fast.py holds equal to what the comments name. The first one, of
+# (member_logits, targets, lam, weights), gives the joint loss, or the bagging loss if there are weights or targets
+# (N, M), and both cross entropies, detached; its backward pass is Eq. 9.
+loss_and_cross_entropies = fast.joint_loss          # joint_loss or bagging_loss, and cross_entropies
+evaluation_cross_entropies = fast.cross_entropies   # cross_entropies
+predicted = fast.argmax                             # member_logits.argmax(-1)
+for_each_member = fast.side_by_side                 # (work, count, device): [work(m) for m in range(count)]
 
 # --- Ensembles -----------------------------------------------------------------------------------
 
@@ -453,7 +456,7 @@ class Ensemble(nn.Module):
 
     @staticmethod
     def without_counters(ensemble, state, *_):
-        """Takes counters of batches that this ensemble does not have out of weights that are loaded."""
+        """Drops batch norm's counters of batches from weights that are loaded, if this ensemble has none."""
         for key in {key for key in state if key.endswith("num_batches_tracked")} - ensemble.state_dict().keys():
             del state[key]
 
@@ -489,8 +492,8 @@ def distances(ensemble, untrained):
 class Scores:
     """Losses and errors of the ensemble and of every member, summed over batches on the device.
 
-    Errors are exact counts over examples; every image counts once, in bagging too. Nothing reaches the host before
-    `summary`.
+    Errors are exact counts over examples; in bagging every image counts once, or, in `resample`, every draw. Nothing
+    reaches the host before `summary`.
     """
 
     def __init__(self, members, device):
@@ -559,11 +562,12 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
     """Trains one run by the paper's protocol.
 
     With a validation split the reported epoch is the first with the lowest validation error of the ensemble; without
-    one it is the last. Returns the ensemble with the weights of that epoch; the history, two `Scores.summary` per epoch
-    (of the training steps, while the weights change; and of the validation split, or without one of the test set); the
-    reported epoch, counted from 1; and the test scores there. The last two are None if the loss stops being finite: the
-    run has diverged. `report(epoch, history)` is called after each epoch; `checkpoint` (folders.Checkpoint) keeps the
-    state; `eager` launches each step on CUDA instead of replaying a captured one. Raises fast.CannotCapture.
+    one it is the last. Returns four things. The ensemble, with the weights of that epoch, or the last ones if the run
+    diverged: a mean member loss is not finite. The history, two `Scores.summary` per epoch: of the training steps,
+    while the weights change; and of the validation split, or without one of the test set. The reported epoch, counted
+    from 1, and the test scores there: both None if the run diverged. `report(epoch, history)` is called after each
+    epoch; `checkpoint` (folders.Checkpoint) keeps the state; `eager` launches each step on CUDA instead of replaying a
+    captured one. Raises fast.CannotCapture.
     """
     s = run.settings
     ensemble, optimizer = new_ensemble(build, run, data)
@@ -630,7 +634,8 @@ def stepper(run, ensemble, optimizer, scores, batches, eager=False):
     """A function of rows (N,) that takes a training step; on CUDA it replays a captured one.
 
     A captured step reads and writes fixed addresses. Therefore moves, rate and scores change in place; a shorter last
-    batch is taken eagerly; and what the trial steps of the capture change is put back. Raises fast.CannotCapture.
+    batch is taken eagerly. The capture takes a few trial steps and puts back what they change. Raises
+    fast.CannotCapture.
     """
     def step(rows):
         training_step(ensemble, optimizer, scores, run.lam, *batches.take(rows))
@@ -658,7 +663,7 @@ def diagnose(label, errors):
 
 
 def stack(ensemble, run, data):
-    """Stacking: a linear combiner (K, M*K) with a bias (K,) on the logits of frozen members, trained at lambda 0.
+    """Stacking: a linear combiner (K, M*K) with a bias (K,) on the logits of frozen members, which had lambda 0.
 
     settings["stacking"] says on which images it is fitted, those of the validation or of the training split. It starts
     at plain averaging and is penalised, by squared distance, for leaving it; the bias is free. The penalty with the

@@ -96,11 +96,15 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", README.split("## Two commands")[0], re.M)[1:]
     errors = {(row["configuration"], row["method"]): row for row in csv_rows("paper/fig2.csv")}
     verdicts = {row["claim"]: row for row in reversed(csv_rows("paper/claims.csv"))}
+    lost = {(lam, share): f"{float(row['mean'].split()[0]):.1f}" for row in csv_rows("paper/claims.csv")
+            for lam, share in ((0.99, "60 %"), (1, "half"))
+            if row["statistic"] == f"256x4H λ = {lam}: rise with {share} dropped"}
     checked = 0
     for what, _, ours, outcome in rows:
         if claim := re.match(r"(C\d+):", what):
             row = verdicts[claim[1]]
-            assert ours in (f"ahead by {float(row['mean'].split()[0]):.1f} points (n = {row['n']})", "see Fig. 7")
+            assert ours in (f"ahead by {float(row['mean'].split()[0]):.1f} points (n = {row['n']})",
+                            f"{lost[0.99, '60 %']} and {lost[1, 'half']} points (n = {row['n']})")
             assert outcome == row["outcome"], what
         elif "1x1024H" in what or "256x4H" in what:
             lam = re.search(r"λ = ([\d.]+)", what)
@@ -110,9 +114,6 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
             continue
         checked += 1
     assert checked >= 7
-    (rise,) = (row["mean"] for row in csv_rows("paper/claims.csv") if "λ = 0.99: rise with 60 % dropped" in
-               row["statistic"] and row["claim"] == "C12")
-    assert f"with 60 % of the members dropped, λ = 0.99 loses {float(rise.split()[0]):.1f} points" in README
     runs = FinishedRuns(ROOT / "expected/paper/results", "paper", "example")
     count = f"{len(csv_rows('paper/runs.csv'))} of 120"
     assert f"{count} runs are finished" in README and f"Finished runs: {count} of mlp_fmnist" in (
