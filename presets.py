@@ -16,7 +16,7 @@ def known(word, words, what):
     """`word` if it is one of `words`; otherwise a refusal that names the nearest of them."""
     if word in (words := [str(w) for w in words]):
         return word
-    close = difflib.get_close_matches(str(word), words, 1, 0.4)
+    close = difflib.get_close_matches(str(word), words, 1, 0.4) if len(str(word)) > 2 else []
     hint = f"; did you mean {close[0]}?" if close else ""
     raise Refused(f"unknown {what} '{word}': expected one of {', '.join(words)}{hint}")
 
@@ -160,7 +160,9 @@ def experiment_settings(preset, name, experiment, changes=()):
 
 def set_value(block, change):
     """Makes one change of --set; its value is read as YAML."""
-    name, _, value = change.partition("=")
+    name, given, value = change.partition("=")
+    if not given:
+        raise Refused(f"--set {change}: a key and a value were expected, such as --set batch=50")
     configuration, _, key = name.rpartition(".")
     configurations = block["configurations"]
     known(key, [*SHARED, *OTHERS, *{k: 0 for own in configurations.values() for k in own}], "key in --set")

@@ -114,11 +114,12 @@ fi
 # --- The study ---------------------------------------------------------------------------------
 
 asked=${what:+as asked}
-what=$("$python" - "$what" "$device" <<'PYTHON'
+what=$("$python" - "$what" "$device" "${train[@]}" "${data[@]}" <<'PYTHON'
 import study, presets, sys
 def main():
     presets.known(sys.argv[2], ("auto", "cpu", "cuda"), "value of --device")
     presets.load_preset(sys.argv[1] or "paper")
+    study.training_parser("").parse_args(sys.argv[3:])
     print(study.choose_preset(sys.argv[1], study.choose_device(sys.argv[2])))
 study.command_line(main)
 PYTHON

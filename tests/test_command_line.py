@@ -48,7 +48,7 @@ def refused(outcome, *words):
 @pytest.mark.parametrize("module, arguments, words", [
     (MLP, "--preset quik", ["'quik'", "did you mean quick?"]),
     (MLP, "--only 256x4", ["'256x4'", "did you mean 256x4H?"]),
-    (MLP, "--figure 33", ["figure or table '33'", "2, 3, 6, 7, 8, 9", "did you mean 3?"]),
+    (MLP, "--figure 33", ["figure or table '33'", "2, 3, 6, 7, 8, 9\n"]),
     (MLP, "--figure 2 4", ["'4'", "2, 3, 6, 7, 8, 9"]),                     # 4 is of the ConvNets
     (DENSENET, "--figure tabel2", ["'tabel2'", "did you mean table2?"]),
     (MLP, "--figure 2 --only 16x64H", ["no run matches", "figures"]),
@@ -69,6 +69,7 @@ def refused(outcome, *words):
     (MLP, "--shard 1/2/3", ["'1/2/3'", "I/N"]),
     (MLP, "--unknown", ["--unknown", "--help"]),
     (MLP, "--set batch=1000000", ["batch 1000000", "training split", "lower batch"]),
+    (MLP, "--set batch", ["--set batch", "a key and a value were expected"]),
     (MLP, "--set bacth=7", ["'bacth'", "did you mean batch?"]),
     (MLP, "--set bagging=[", ["bagging=[", "weights, resample"]),
     (MLP, "--set penalties=[1,-1]", ["penalties=[1,-1]", "a list, not empty, each entry a number above 0"]),

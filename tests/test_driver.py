@@ -46,6 +46,12 @@ def test_a_value_may_stand_behind_an_equals_sign():
     assert "unknown option --bogus" in refusal(driver("smoke", "--bogus=1"))
 
 
+@pytest.mark.parametrize("bad", ["--jobs=x", "--seed=-1", "--data=fake"])
+def test_a_bad_value_is_refused_before_any_stage(bad):
+    option, _, value = bad.partition("=")
+    assert option in (said := refusal(driver("smoke", bad))) and f"'{value}'" in said
+
+
 def test_sbatch_is_named_under_slurm_alone(tmp_path):
     copy = shutil.copy(DRIVER, tmp_path / "slurm_script")
     assert refusal(driver(program=copy)) == f"error: {tmp_path} is not the package's folder\n"
