@@ -97,7 +97,7 @@ else
 $PWD once, before the tasks of an array install them all at once"
     fits "$python"
     echo "setting up .venv with $requirements (a minute or two online, 5 GB): the active Python \
-($("$python" --version 2>&1)) does not do: $unfit"
+($("$python" --version 2>&1)) does not fit: $unfit"
     { [ -x "$venv" ] || "$python" -m venv --clear --without-pip .venv; } &&
       "$python" -m pip --python "$venv" install --quiet --no-input --disable-pip-version-check -r "$requirements" &&
       { fits "$venv" || { echo "$unfit" >&2; false; }; } || refuse "the packages of $requirements could not be \

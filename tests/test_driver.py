@@ -67,7 +67,7 @@ def test_an_array_with_gaps_is_refused_before_anything_else(tasks, count):
         assert f"this array of {count} tasks has gaps between {first} and {last}" in said
 
 
-def test_a_python_that_does_not_do_is_told_why(tmp_path):
+def test_why_a_python_does_not_fit_is_told(tmp_path):
     """Here it has another numpy; pip, which would set up .venv, fails."""
     (tmp_path / "numpy.py").write_text("__version__ = '1.26.4'")
     (tmp_path / "sitecustomize.py").write_text("import sys\nif 'pip' in sys.orig_argv: sys.exit('no network')")
@@ -76,7 +76,7 @@ def test_a_python_that_does_not_do_is_told_why(tmp_path):
     for name in ("run_all.sh", "common.py", "requirements.txt"):
         shutil.copy(folders.HERE / name, package)
     done = driver("smoke", program=package / "run_all.sh", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2 and re.search(r"the active Python \(Python 3\S+\) does not do: .*numpy", done.stdout)
+    assert done.returncode == 2 and re.search(r"the active Python \(Python 3\S+\) does not fit: .*numpy", done.stdout)
     assert "could not be installed into .venv: the lines above say why" in done.stderr and "no network" in done.stderr
 
 
