@@ -627,7 +627,7 @@ def test_figures_of_settings_other_than_planned(script):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["fig33"], "did you mean 3?"), (["tabel2"], "did you mean table2?"), (["--preset", "papr"], "did you mean paper?"),
+    (["fig33"], "figure or table '33'"), (["tabel2"], "did you mean table2?"), (["--preset", "papr"], "did you mean paper?"),
     (["--drop", "al"], "'al'")])
 def test_bad_arguments_of_make_figures(script, arguments, words):
     status, _, err = script(make_figures, *arguments)
