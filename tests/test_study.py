@@ -627,8 +627,8 @@ def test_figures_of_settings_other_than_planned(script):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["fig33"], "figure or table '33'"), (["tabel2"], "did you mean table2?"), (["--preset", "papr"], "did you mean paper?"),
-    (["--drop", "al"], "'al'")])
+    (["fig33"], "figure or table '33'"), (["tabel2"], "did you mean table2?"),
+    (["--preset", "papr"], "did you mean paper?"), (["--drop", "al"], "'al'")])
 def test_bad_arguments_of_make_figures(script, arguments, words):
     status, _, err = script(make_figures, *arguments)
     assert status == 2 and err.count("\n") == 1 and words in err, err
