@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its assertions on a machine with a GPU, and a rehearsal on the CPU."""
+"""The benchmarks: gpu.py, asserted on a machine with a GPU and rehearsed on the CPU; and the ways of bench.py."""
 
 import csv
 import os
@@ -9,6 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import presets
+
+import bench
 import gpu
 import pytest
 import torch
@@ -47,9 +50,26 @@ def test_one_way_that_fails_does_not_end_the_others(monkeypatch, capsys):
             raise RuntimeError("no memory\nmore")
         return {"network": name, "precision": "fp32", "way": "as it is", "step_ms": 1.0}
     monkeypatch.setattr(gpu, "row_of", row_of)
+    monkeypatch.setattr(bench, "machine_rates", lambda device: {"fp32": lambda: 1e12})
     rows = gpu.times(torch.device("cpu"), 60)
     assert "DN-Low bf16 {}: FAILED, RuntimeError: no memory\n" in capsys.readouterr().out
     assert {row["network"] for row in rows} == set(gpu.ONE_OF) - {"DN-Low"}
+
+
+@pytest.mark.parametrize("name", ["256x4H", "DN-Low", "ConvNet-0.29M"])
+def test_every_way_of_the_benchmark_takes_steps_and_evaluates(name):
+    """At the size of `smoke`; bench.py itself compares the one network with its members."""
+    experiment, _ = gpu.a_run(name, "smoke")
+    block = presets.experiment_settings(presets.load_preset("smoke"), "smoke", experiment.name)
+    case = bench.Case(experiment, name, block, gpu.stand_in(experiment, 2 * block["batch"], 40, torch.device("cpu")))
+    precisions = ["fp32"] if experiment.name == "mlp_fmnist" else ["fp32", "bf16"]
+    ways = [bench.ours(case, "fp32"), bench.textbook(case), *bench.one_network(case, precisions),
+            *bench.vmapped(case, precisions)]
+    assert len(ways) == 2 + 2 * len(precisions)
+    for way in ways:
+        way.step()
+        way.step()
+        way.evaluate()
 
 
 def test_the_assertions_on_this_machines_gpu():
