@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import platform
@@ -471,6 +472,9 @@ def lock(run, results):
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
+            if multiprocessing.parent_process():
+                raise Refused(f"{results} is on a file system without locks ({error.strerror}), which share the runs "
+                              "out among several: add --jobs 1") from error
             warn_once(f"{results} is on a file system without locks ({error.strerror}): nothing keeps two commands "
                       "there from training the same runs; start one at a time, or use --shard")
         try:

@@ -105,7 +105,7 @@ def merge(base, changes, where):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in a block is an error, and so is a number that begins with 0, or 1:30."""
+    """YAML in which a key that stands twice in a block is an error, and so is a whole number such as 010 or 1:30."""
 
     def construct_yaml_int(self, node):
         if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", node.value):

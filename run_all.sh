@@ -25,7 +25,7 @@ unset MPLBACKEND                # Jupyter's is none of ours
 
 what="" device=auto dry="" train=() data=() drop=() draw=()
 while [ $# -gt 0 ]; do
-  [[ $1 == --*=* ]] && set -- "${1%%=*}" "${1#*=}" "${@:2}"
+  [[ $1 == --*=* && ! $1 =~ ^--(eager|deterministic|dry-run)= ]] && set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' run_all.sh; exit 0 ;;
     --eager|--deterministic) train+=("$1"); shift; continue ;;
@@ -144,21 +144,24 @@ group=""
 trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 trap 'stop TERM 129' HUP
+trap 'stop TERM 131' QUIT
+trap '[ -z "$group" ] || kill -TSTP -- "-$group"; kill -STOP $$; [ -z "$group" ] || kill -CONT -- "-$group"' TSTP
 
 failed=()
 stage() {                       # stage NAME COMMAND...: a stage that fails does not stop the others
   local name=$1 status; shift
   echo; echo "== $name"
   set -m; "$@" & group=$!; set +m
-  wait "$group"; status=$?; group=""
+  while wait "$group"; status=$?; kill -0 "$group" 2>/dev/null; do :; done      # (Ctrl-Z ends a wait)
+  group=""
   [ $status = 130 ] || [ $status = 143 ] && exit $status
   [ $status = 0 ] || [ $status = 3 ] || failed+=("$name (exit status $status)")
   return $status
 }
-mlp=("${data[@]}") cifar=("${data[@]}")
-mlp() { "$python" train_mlp_fmnist.py --preset "$what" "${train[@]}" "${mlp[@]}" "$@"; }
-densenet() { "$python" train_densenet_cifar.py --preset "$what" "${train[@]}" "${cifar[@]}" "$@"; }
-convnet() { "$python" train_convnet_cifar.py --preset "$what" "${train[@]}" "${cifar[@]}" "$@"; }
+mlp=("${data[@]}") cifar=("${data[@]}")         # the functions run in subshells, which exec spares
+mlp() { exec "$python" train_mlp_fmnist.py --preset "$what" "${train[@]}" "${mlp[@]}" "$@"; }
+densenet() { exec "$python" train_densenet_cifar.py --preset "$what" "${train[@]}" "${cifar[@]}" "$@"; }
+convnet() { exec "$python" train_convnet_cifar.py --preset "$what" "${train[@]}" "${cifar[@]}" "$@"; }
 
 if [ -z "$dry" ]; then          # the data first, so that nothing is downloaded while training; status 3: the stand-in
   stage "data: Fashion-MNIST" mlp --fetch

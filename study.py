@@ -222,12 +222,12 @@ def do_run(experiment, run, data, results, report=lambda epoch, history: None, e
         else:
             ensemble, history, epoch, test = common.train(experiment.build, run, data, report, eager, checkpoint)
             arrays, result = reported(run, history, epoch)
+            result |= {"eager": eager} if cuda and eager else {}
             if isinstance(ensemble, common.Ensemble):
                 untrained, _ = common.new_ensemble(experiment.build, run, data)
                 arrays["member_distance"] = common.distances(ensemble, untrained).cpu().numpy()
     if cuda:
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        result |= {"eager": eager} if eager else {}
     for key, value in (test or {}).items():
         if np.ndim(value) == 0:
             result[f"test_{key}"] = float(value)
@@ -359,7 +359,7 @@ def refuse_lone_images(experiment, runs, data):
     """Raises Refused if a last batch of one image leaves batch norm one value, of which it has no deviation."""
     for s in {run.configuration: run.settings for run in runs}.values():
         n = s["train"] or len(data.train_labels) - s["validation"]
-        if n % s["batch"] == 1:
+        if n % s["batch"] == 1 % s["batch"]:        # (batches of one image, too)
             try:
                 untrained_on_meta(experiment.build, s, data.shape, data.classes)(
                     torch.empty(1, *data.shape, device="meta"))
@@ -661,7 +661,7 @@ def train_study(experiment, args):
         train_missing(experiment, args)
     except fast.CannotCapture as error:
         print(f"\n{error}: going on with --eager, which launches each step and is slower", flush=True)
-        os.execv(sys.executable, [sys.executable, *sys.argv, "--eager", str(error)])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--eager", f"in this command {error}"])
 
 
 def train_missing(experiment, args):
@@ -697,12 +697,14 @@ def command_line(main):
     Ctrl-C and SIGTERM end it within a step, with exit status 130 and 143.
     """
     def stop(number, frame):
+        signal.signal(number, lambda *_: None)      # a second one, of whoever signals all processes, disturbs the end
         raise KeyboardInterrupt(number)
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                                      # it is closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))     # noqa: SIM115 (until the process ends)
-        getattr(sys, name).reconfigure(errors="replace")                    # a λ in a locale that has none
+        if hasattr(getattr(sys, name), "reconfigure"):                      # (a notebook's has not)
+            getattr(sys, name).reconfigure(errors="replace")                # a λ in a locale that has none
     handler = signal.signal(signal.SIGTERM, stop)
     try:
         main()

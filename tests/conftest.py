@@ -37,8 +37,8 @@ def fashion_mnist():
 
 @pytest.fixture
 def heed_ctrl_c():
-    """Popen's preexec_fn for a child that is sent SIGINT: in the background that is ignored."""
-    return lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Popen's preexec_fn for a child that is sent SIGINT or SIGHUP, which the background and nohup ignore."""
+    return lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]
 
 
 @pytest.fixture

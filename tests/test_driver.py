@@ -18,10 +18,15 @@ DRIVER = folders.HERE / "run_all.sh"
 HOME = Path(sys.executable).parent
 
 
+def outside(**more):
+    """The environment of a driver that SLURM has not started, with this Python first."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return own | {"PATH": os.pathsep.join([str(HOME), os.environ["PATH"]]), "CUDA_VISIBLE_DEVICES": ""} | more
+
+
 def driver(*arguments, shell="bash", program=DRIVER, **environment):
-    path = os.pathsep.join([str(HOME), os.environ["PATH"]])
-    return subprocess.run([shell, program, *arguments], capture_output=True, text=True,
-                          env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""} | environment)
+    return subprocess.run([shell, program, *arguments], capture_output=True, text=True, timeout=100,
+                          env=outside(**environment))
 
 
 def refusal(done):
@@ -124,37 +129,39 @@ def test_a_full_output_ends_in_one_line(tmp_path):
 PYTHON = """#!/bin/bash
 case $1 in
   -) cat > /dev/null; [ -z "$3" ] || echo "$2" ;;               # has it the packages? which preset?
-  train_mlp_fmnist.py) [[ $* == *--dry-run* || $* == *--fetch* ]] || exec -a "$*" sleep 1000 ;;
+  train_mlp_fmnist.py) [[ $* == *--dry-run* || $* == *--fetch* ]] || {
+    trap 'sleep 0.5; touch "${0%/*}/ended"; exit 143' TERM INT
+    touch "${0%/*}/begun"
+    while :; do sleep 0.05; done; } ;;
 esac
 """
 
 
-def processes(word):
-    """The command lines of this machine's processes that hold a word."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode())
-        except OSError:                 # it has just ended
-            continue
-    return [line for line in lines if word in line]
-
-
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_to_the_driver_reaches_what_it_has_started(tmp_path, heed_ctrl_c, number, status):
-    """To the driver alone, as a scheduler or `docker stop` sends it. Here Python is a stand-in that never ends."""
-    python = tmp_path / "python3"
+def test_a_signal_to_the_driver_ends_what_it_has_started(tmp_path, heed_ctrl_c, number, status):
+    """Sent to the driver alone, as by a scheduler or `docker stop`. It waits for Python, here a stand-in, to end."""
+    python, log = tmp_path / "python3", tmp_path / "log"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    started = subprocess.Popen(
-        ["bash", DRIVER, "smoke", "--results", tmp_path / "results"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, preexec_fn=heed_ctrl_c, start_new_session=True,
-        env=os.environ | {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])})
-    training, until = f"train_mlp_fmnist.py --preset smoke --results {tmp_path}/results", time.monotonic() + 60
-    while not any(line.startswith(training) for line in processes(training)):
-        assert time.monotonic() < until and started.poll() is None
-        time.sleep(0.02)
-    started.send_signal(number)
-    out, _ = started.communicate(timeout=60)
-    assert started.returncode == status and not processes(training)
-    assert "== MLPs on Fashion-MNIST" in out and "== DenseNets on CIFAR-100" not in out
+    with open(log, "w") as file:
+        started = subprocess.Popen(
+            ["bash", DRIVER, "smoke", "--results", tmp_path / "results"], stdout=file, stderr=subprocess.STDOUT,
+            preexec_fn=heed_ctrl_c, start_new_session=True,
+            env=outside(PATH=os.pathsep.join([str(tmp_path), os.environ["PATH"]])))
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < until and started.poll() is None
+            time.sleep(0.02)
+        started.send_signal(signal.SIGTSTP)                     # Ctrl-Z, and then fg
+        while Path(f"/proc/{started.pid}/stat").read_text().split()[2] != "T":
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        started.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+        assert started.poll() is None
+        started.send_signal(number)
+        assert started.wait(60) == status and (tmp_path / "ended").exists()
+    finally:
+        started.kill()
+    assert "== MLPs on Fashion-MNIST" in log.read_text() and "== DenseNets on CIFAR-100" not in log.read_text()

@@ -222,12 +222,13 @@ def test_a_study_whose_step_cannot_be_captured_begins_again_with_eager(monkeypat
     """In a new process: PyTorch does not clean up after a recording that failed."""
     why, started = "a training step cannot be captured (a copy to the host)", []
     monkeypatch.setattr(study, "train_missing", lambda *_: fail(fast.CannotCapture(why)))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "smoke"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", "--preset", "smoke"])
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append((program, arguments)))
     study.train_study(None, None)
     assert f"{why}: going on with --eager" in capsys.readouterr().out
-    assert started == [(sys.executable, [sys.executable, "train.py", "--preset", "smoke", "--eager", why])]
-    assert study.training_parser("").parse_args(started[0][1][2:]).eager == why
+    said = f"in this command {why}"
+    assert started == [(sys.executable, [sys.executable, "-u", "train.py", "--preset", "smoke", "--eager", said])]
+    assert study.training_parser("").parse_args(started[0][1][3:]).eager == said
     assert study.training_parser("").parse_args(["--eager"]).eager == "asked for"
 
 

@@ -304,13 +304,13 @@ def test_the_distance_from_the_initial_weights():
     assert common.distances(moved, nets).tolist() == pytest.approx([0, 0.5, 1])
 
 
-@pytest.mark.parametrize("batch, size, refused", [(20, 4, True), (20, 8, False), (21, 4, False)])
+@pytest.mark.parametrize("batch, size, refused", [(20, 4, True), (20, 8, False), (21, 4, False), (1, 4, True)])
 def test_a_last_batch_of_one_image_that_batch_norm_cannot_take_is_refused(batch, size, refused):
     """61 images: three batches of 20 and one image, whose last feature maps have one pixel if it has 4x4."""
     data = common.synthetic(10, (3, size, size), 61, 10)
     settings = {"depth": 10, "growth": 2, "members": 2, "batch": batch, "train": None, "validation": 0}
     run = study.Run("test", "densenet_cifar", "small", "joint", 1.0, 0, settings, False)
-    with pytest.raises(common.Refused, match=r"batch 20: the last batch of 61 .* one image") if refused else (
+    with pytest.raises(common.Refused, match=rf"batch {batch}: the last batch of 61 .* one image") if refused else (
             contextlib.nullcontext()):
         study.refuse_lone_images(train_densenet_cifar.EXPERIMENT, [run], data)
 

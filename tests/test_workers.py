@@ -123,6 +123,16 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     assert line.startswith(f"WARNING: {tmp_path} is on a file system without locks (Function not") and "--shard" in line
 
 
+def test_without_locks_one_process_trains(script, monkeypatch):
+    """They share the runs out among several."""
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    status, _, err = script(train_mlp_fmnist, "--preset", "smoke", *SMALL, "--jobs", 2)
+    assert status == 2 and err.count("\n") == 1 and "without locks (Function not" in err and "--jobs 1" in err
+    assert script(train_mlp_fmnist, "--preset", "smoke", *SMALL, "--jobs", 1)[0] == 0
+
+
 def test_the_lock_of_another_user_is_passed_over(tmp_path, monkeypatch):
     """It may be read and not written."""
     run = study.Run("p", "e", "c", "joint", 0.0, 0, {}, False)
