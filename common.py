@@ -455,9 +455,10 @@ class Ensemble(nn.Module):
         self.bf16 = precision == "bf16"
 
     @staticmethod
-    def without_counters(ensemble, state, *_):
+    def without_counters(ensemble, state, prefix, *_):
         """Drops batch norm's counters of batches from weights that are loaded, if this ensemble has none."""
-        for key in {key for key in state if key.endswith("num_batches_tracked")} - ensemble.state_dict().keys():
+        counters = {key for key in state if key.startswith(prefix) and key.endswith("num_batches_tracked")}
+        for key in counters - ensemble.state_dict(prefix=prefix).keys():
             del state[key]
 
     def forward(self, images):

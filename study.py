@@ -701,10 +701,10 @@ def command_line(main):
         raise KeyboardInterrupt(number)
 
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                                      # it is closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))     # noqa: SIM115 (until the process ends)
-        if hasattr(getattr(sys, name), "reconfigure"):                      # (a notebook's has not)
-            getattr(sys, name).reconfigure(errors="replace")                # a λ in a locale that has none
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")      # noqa: SIM115 (a closed one is None)
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):          # (a notebook's has not)
+            stream.reconfigure(errors="replace")    # a λ in a locale that has none
     handler = signal.signal(signal.SIGTERM, stop)
     try:
         main()

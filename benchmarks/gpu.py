@@ -42,20 +42,16 @@ import presets
 import bench
 import torch
 
-LAMBDA = 0.5
-EXPERIMENTS = {name: study.experiment_of(name) for name in ("mlp_fmnist", "densenet_cifar", "convnet_cifar")}
-ONE_OF = {name: experiment for experiment in EXPERIMENTS for name in presets.load_preset("paper")[experiment][
+ONE_OF = {name: experiment for experiment in bench.EXPERIMENTS for name in presets.load_preset("paper")[experiment][
     "configurations"]}
 
 
 def a_run(name, preset, precision="fp32", **changes):
     """The experiment and a joint run of a configuration, at the size of a preset."""
-    experiment = EXPERIMENTS[ONE_OF[name]]
+    experiment = bench.EXPERIMENTS[ONE_OF[name]]
     block = presets.experiment_settings(presets.load_preset(preset), preset, experiment.name)
-    c = block["configurations"][name]
-    settings = block | c | {"lr": study.learning_rate(c["lr"], LAMBDA), "seed": 0, "precision": precision,
-                            "bagging": None, "train": None} | changes
-    return experiment, study.Run("gpu", experiment.name, name, "joint", LAMBDA, 0, settings, weights=True)
+    settings = bench.Case(experiment, name, block, None).settings(precision) | {"train": None} | changes
+    return experiment, study.Run("gpu", experiment.name, name, "joint", bench.LAMBDA, 0, settings, weights=True)
 
 
 def stand_in(experiment, train, test, device):

@@ -119,9 +119,9 @@ def captures(monkeypatch, replaying=lambda work: work):
         work()
         return replaying(work)
 
-    def stepper_on_cuda(run, ensemble, optimizer, scores, batches, *more):
+    def stepper_on_cuda(run, ensemble, optimizer, scores, batches, eager=False):
         batches.labels = batches.labels.as_subclass(Labels)
-        step = stepper(run, ensemble, optimizer, scores, batches, *more)
+        step = stepper(run, ensemble, optimizer, scores, batches, eager)
         assert not any(total.any() for total in vars(scores).values())      # recording leaves no trace
         return step
 
@@ -196,7 +196,7 @@ def test_too_little_memory_is_no_failed_capture(data, monkeypatch, where, error)
     monkeypatch.setattr(fast, where, lambda work: masked(error))
     with pytest.raises(RuntimeError) as raised:
         train(a_run(), data)
-    assert fast.out_of_memory(raised.value)
+    assert fast.out_of_memory(raised.value) and not isinstance(raised.value, fast.CannotCapture)
 
 
 def test_an_error_of_the_step_itself_ends_training(data, monkeypatch):

@@ -257,6 +257,8 @@ def test_weights_with_counters_of_batches_load(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(nets.state_dict().values(), other.state_dict().values(), strict=True))
     own = common.Ensemble(lambda: nn.BatchNorm2d(2, momentum=None), 2, torch.Generator())
     assert own.members[0].num_batches_tracked == 0 and len(own.state_dict()) == 10
+    inside = nn.ModuleDict({"own": own, "beside": nn.BatchNorm2d(2)})          # others keep theirs
+    inside.load_state_dict(inside.state_dict())
 
 
 # --- Precision -----------------------------------------------------------------------------------

@@ -114,6 +114,9 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
             continue
         checked += 1
     assert checked >= 7
+    better = float(errors["256x4H", "joint-0"]["test_error_percent"]) - float(
+        errors["256x4H", "joint-1"]["test_error_percent"])
+    assert f"λ = 1 is {better:.1f} points better than λ = 0 (n = 2)" in " ".join(README.split())
     runs = FinishedRuns(ROOT / "expected/paper/results", "paper", "example")
     count = f"{len(csv_rows('paper/runs.csv'))} of 120"
     assert f"{count} runs are finished" in README and f"Finished runs: {count} of mlp_fmnist" in (
