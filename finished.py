@@ -222,7 +222,7 @@ class FinishedRuns:
         used = {path: record for path, record in self.used.items() if trained_in(record["experiment"]) == experiment}
         first, *_ = map(trained, used.values())
         for path, record in used.items():
-            keys = {"data", "seed", "precision", "padding", "batchnorm", *presets.SHARED}
+            keys = {"data", "seed", "classes", "precision", "padding", "batchnorm", *presets.SHARED}
             if "independent" in (record["method"], next(iter(used.values()))["method"]):
                 keys -= {"weight_decay"}                # of its own
             self.refuse_difference(*({key: s.get(key) for key in keys} for s in (first, trained(record))), path)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -107,21 +108,25 @@ def find_data(name, policy, data_dir=None, may_download=True):
     return None
 
 
-def load_data(name, policy, block, data_dir=None, may_download=True):
-    """The data of an experiment, real or stand-in, cut to the classes and sizes in its settings.
+def load_data(name, policy, settings, data_dir=None, may_download=True):
+    """The data of runs with these settings, real or stand-in: find_data and cut_data."""
+    return cut_data(find_data(name, policy, data_dir, may_download), name, policy, settings, may_download)
+
+
+def cut_data(data, name, policy, settings, may_download=True):
+    """What find_data found, or the stand-in, cut to the classes and sizes in the settings of runs.
 
     A plan downloads nothing: the stand-in takes the place of data that is not on disk; under `real` it carries the
     description of the real data, by which finished runs are recognised.
     """
-    dataset = common.DATASETS[name]
-    classes = block.get("classes") or dataset.classes           # (runs of earlier versions have all)
+    dataset, s = common.DATASETS[name], settings
+    classes = s.get("classes") or dataset.classes           # (runs of earlier versions have all)
     if classes > dataset.classes:
         raise Refused(f"classes {classes} is more than the {dataset.classes} of {name}: lower classes, or set null for "
                       "all")
-    data = find_data(name, policy, data_dir, may_download)
     if data is None:
-        train = block["train"] + block["validation"] if block["train"] else dataset.train * classes // dataset.classes
-        test = block["test"] or dataset.test * classes // dataset.classes
+        train = s["train"] + s["validation"] if s["train"] else dataset.train * classes // dataset.classes
+        test = s["test"] or dataset.test * classes // dataset.classes
         data = common.synthetic(classes, dataset.shape, train, test)
         if not may_download and policy == "auto":
             data.origin += f", unless {name} can be downloaded"
@@ -129,19 +134,18 @@ def load_data(name, policy, block, data_dir=None, may_download=True):
             data.description, data.origin = dataset.description, "to be downloaded first"
     if classes < data.classes:
         data = common.first_classes(data, classes)
-    n, validation, test = len(data.train_labels), block["validation"], block["test"]
-    train, name = block["train"] or max(n - validation, 1), data.description["name"]
+    n, validation, test = len(data.train_labels), s["validation"], s["test"]
+    train, name = s["train"] or max(n - validation, 1), data.description["name"]
     if train + validation > n:
-        raise Refused(f"train {block['train']} and validation {validation} are more than the {n} training images of "
+        raise Refused(f"train {s['train']} and validation {validation} are more than the {n} training images of "
                       f"{name}: lower one of them in presets.yaml")
-    if block["batch"] > train:
-        raise Refused(f"batch {block['batch']} is larger than the training split of {train} images: lower batch or "
+    if s["batch"] > train:
+        raise Refused(f"batch {s['batch']} is larger than the training split of {train} images: lower batch or "
                       "raise train")
     if test and test > len(data.test_labels):
         raise Refused(f"test {test} is more than the {len(data.test_labels)} test images of {name}: lower test in "
                       "presets.yaml")
-    data.test_images, data.test_labels = data.test_images[:test], data.test_labels[:test]
-    return data
+    return replace(data, test_images=data.test_images[:test], test_labels=data.test_labels[:test])
 
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -288,14 +292,22 @@ def say_ignored(folder):
     print(f"ignored: {folder}, which is not named as the folder of a run (METHOD/trialN)", file=sys.stderr)
 
 
+def content_of(path):
+    """The bytes of a regular file. Raises Refused if it is something else: a pipe would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path} is not a regular file: remove it, and repeat the command that made this run")
+    return path.read_bytes()
+
+
 def read_run(folder):
     """The run.json of a finished run, or None.
 
-    Raises Damaged if it is not as it was written, Refused if it is that of another run than its path names.
+    Raises Damaged if it is not as it was written, Refused if it is that of another run than its path names or lies
+    behind a link that leaves the results folder.
     """
     path = folder / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(content_of(path))
         if record["seal"] != seal(record):
             raise ValueError("it was changed after it was written")
         own = Path(*(record[key] for key in ("preset", "experiment", "configuration")),
@@ -307,6 +319,10 @@ def read_run(folder):
     if folder.absolute().parts[-len(own.parts):] != own.parts:
         raise Refused(f"{path} is the record of the run {own}: the folder was moved, copied or renamed; move it back, "
                       "or remove it")
+    results, real = folder.absolute().parents[len(own.parts) - 1], path.resolve()
+    if not real.is_relative_to(results.resolve()):
+        raise Refused(f"{path} is a link to {real}, outside {results}: copy the run, or name the folder that holds all "
+                      "runs as --results")
     return record
 
 
@@ -314,7 +330,7 @@ def read_file(folder, name):
     """A file of a finished run, in memory. Raises Damaged if it is not as it was written."""
     path, record = folder / name, read_run(folder)
     try:
-        content = path.read_bytes()
+        content = content_of(path)
     except FileNotFoundError as error:
         raise damaged(path, "it is not there") from error
     if record is None or hashlib.sha256(content).hexdigest() != record["sha256"].get(name):

@@ -45,7 +45,6 @@ COUNT_OR_ALL = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null for al
 SHARED = {      # the settings that every run of an experiment has, and the rule of each
     "dataset": (lambda x: isinstance(x, str), "the name of a data set"), "epochs": COUNT, "batch": COUNT,
     "train": COUNT_OR_ALL, "test": COUNT_OR_ALL,
-    "classes": (lambda x: x is None or number(int, 2, MOST, "")[0](x), "a whole number of at least 2, or null for all"),
     "validation": number(int, 0, MOST, f"a whole number of at least 0, at most {MOST}"), "augment": SWITCH,
     "momentum": number(REAL, 0, 0.999999, "a number in [0, 1)"), "nesterov": SWITCH,
     "weight_decay": number(REAL, 0, 1e30, "a number of at least 0"),
@@ -57,6 +56,7 @@ CONFIGURATION = {
     "members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA,
     "once": (lambda x: isinstance(x, str) and re.fullmatch(METHOD_NAME, x), "a method such as joint-0.5 or bagging")}
 NETWORK = {     # of the networks; another key must have the type that it has in the block `paper`
+    "classes": (lambda x: x is None or number(int, 2, MOST, "")[0](x), "a whole number of at least 2, or null for all"),
     **dict.fromkeys(("hidden", "depth", "growth", "filters", "strides"), COUNT), "batchnorm": SWITCH,
     "padding": number(int, 0, 1, "0 or 1"), "precision": one_of(("fp32", "bf16", "auto"))}
 LISTS = ("lambdas", "methods", "weights", "decay", "penalties", "tune", "once")
@@ -152,8 +152,8 @@ def experiment_settings(preset, name, experiment, changes=()):
         set_value(block, change)
     known(block.get("dataset"), common.DATASETS, f"data set of {name}.{experiment}")
     for each in block["configurations"].values():
-        for key in [*SHARED, *OTHERS, *CONFIGURATION]:
-            if key not in (each if key in CONFIGURATION else block):
+        for key in [*SHARED, *OTHERS, *CONFIGURATION, "classes"]:
+            if key not in block | each:
                 raise Refused(f"presets.yaml: {name}.{experiment}: {key} is missing")
     return block
 

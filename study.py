@@ -265,8 +265,8 @@ def reported(run, history, epoch):
 
 
 @contextlib.contextmanager
-def fix_told(run):
-    """Turns an error of too little memory, or of --deterministic, into Refused, with the fix."""
+def fix_told(run=None):
+    """Turns an error of too little memory, of a run or of the data, or of --deterministic, into Refused, with a fix."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -276,10 +276,12 @@ def fix_told(run):
         if not (isinstance(error, MemoryError) or fast.out_of_memory(error)):
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(fast.root(error)))
+        short = f"not enough memory{f' ({asked[1]} more were needed)' if asked else ''}"
+        if run is None:
+            raise Refused(f"the images: {short}: free memory; nothing was written") from error
         batch = run.settings["batch"]
-        raise Refused(f"{run.label}: not enough memory{f' ({asked[1]} more were needed)' if asked else ''}: lower the "
-                      f"batch (--set batch={max(1, batch // 2)} instead of {batch}) or the members, or free memory; "
-                      "nothing of this run was written") from error
+        raise Refused(f"{run.label}: {short}: lower the batch (--set batch={max(1, batch // 2)} instead of {batch}) or "
+                      "the members, or free memory; nothing of this run was written") from error
 
 
 # --- Plan and progress ---------------------------------------------------------------------------
@@ -321,14 +323,14 @@ def cost(experiment, run, data, eager=False):
     return s["epochs"] * (math.ceil(n / s["batch"]) * seconds + held_out * example)
 
 
-def estimate(experiment, runs, data, eager=False):
+def estimate(experiment, runs, data_of, eager=False):
     """The cost of each run by its path; runs of one configuration and method cost the same."""
     costs, seconds = {}, {}
     for run in runs:
         kind = (run.configuration, "joint" if run.method == "independent" else run.method)
         if kind not in costs:
             with fix_told(run):
-                costs[kind] = cost(experiment, run, data, eager)
+                costs[kind] = cost(experiment, run, data_of(run), eager)
         seconds[run.path] = costs[kind]
     return seconds
 
@@ -355,9 +357,10 @@ def bytes_saved_for_backward(build, settings, shape, classes):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def refuse_lone_images(experiment, runs, data):
+def refuse_lone_images(experiment, runs, data_of):
     """Raises Refused if a last batch of one image leaves batch norm one value, of which it has no deviation."""
-    for s in {run.configuration: run.settings for run in runs}.values():
+    for run in {run.configuration: run for run in runs}.values():
+        s, data = run.settings, data_of(run)
         n = s["train"] or len(data.train_labels) - s["validation"]
         if n % s["batch"] == 1 % s["batch"]:        # (batches of one image, too)
             try:
@@ -368,13 +371,12 @@ def refuse_lone_images(experiment, runs, data):
                               f"few for this network's batch norm ({error}): use another batch") from error
 
 
-def runs_at_once(experiment, runs, data, jobs, cores):
+def runs_at_once(experiment, runs, data_of, jobs, cores):
     """How many runs to train at once: --jobs; else one on a GPU, and on a CPU one per core that memory allows."""
-    if jobs or data.device.type == "cuda" or sys.platform != "linux":
+    if jobs or not runs or data_of(runs[0]).device.type == "cuda" or sys.platform != "linux":
         return max(1, min(jobs or 1, len(runs)))
-    settings = {run.configuration: run.settings for run in runs}.values()
-    needed = max((bytes_saved_for_backward(experiment.build, s, data.shape, data.classes) for s in settings),
-                 default=0)
+    needed = max(bytes_saved_for_backward(experiment.build, run.settings, data.shape, data.classes)
+                 for run in {run.configuration: run for run in runs}.values() if (data := data_of(run)))
     available = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
     return max(1, min(cores, len(runs), int(available / (needed + 5e8))))
 
@@ -591,7 +593,7 @@ def figure_names(words, figures):
 
 
 def prepare(experiment, args):
-    """What the command line selects: the experiment's settings, its data and its runs."""
+    """What the command line selects: the experiment's settings, data_of(run), the data of a run, and its runs."""
     device = choose_device(args.device)
     name = choose_preset(args.preset, device)
     preset = presets.load_preset(name)
@@ -614,12 +616,19 @@ def prepare(experiment, args):
         sys.exit(0 if data or policy == "synthetic" else 3)
     runs = list_runs(name, experiment, block, None, args.seed, args.only, args.lambdas, args.methods, figures)
     refuse_contradictions(block, runs, args.tune)
-    with fix_told(runs[0]):
-        data = folders.load_data(block["dataset"], policy, block, args.data_dir, may_download=not args.dry_run)
-    runs = [replace(run, settings=run.settings | {"data": data.description}) for run in runs]
-    refuse_lone_images(experiment, runs, data)
-    with fix_told(runs[0]):
-        return block, data.to(device), shard(runs, *args.shard)
+    with fix_told():
+        found = folders.find_data(block["dataset"], policy, args.data_dir, not args.dry_run)
+        data = {run.settings["classes"]: None for run in runs}      # by the number of classes
+        for classes in data:
+            data[classes] = folders.cut_data(found, block["dataset"], policy, block | {"classes": classes},
+                                             not args.dry_run).to(device)
+
+    def data_of(run):
+        return data[run.settings["classes"]]
+
+    runs = [replace(run, settings=run.settings | {"data": data_of(run).description}) for run in runs]
+    refuse_lone_images(experiment, runs, data_of)
+    return block, data_of, shard(runs, *args.shard)
 
 
 def refuse_contradictions(block, runs, tune):
@@ -667,13 +676,16 @@ def train_study(experiment, args):
 def train_missing(experiment, args):
     """Trains the selected runs that are not in their folders yet. Raises fast.CannotCapture."""
     cores, results = torch.get_num_threads(), args.results
-    block, data, runs = prepare(experiment, args)
+    block, data_of, runs = prepare(experiment, args)
+    if not runs:
+        print(f"{experiment.name}: no run of this selection is in part {args.shard[0]} of {args.shard[1]}")
+        return
     if args.tune:
         runs = tuning_runs(runs, block["tune"])
     to_do = [run for run in runs if to_be_done(run, results)]
-    seconds = estimate(experiment, to_do, data, args.eager)
-    jobs = runs_at_once(experiment, to_do, data, args.jobs, max(1, cores // args.threads))
-    print_plan(args, block, data, runs, seconds, jobs, experiment.figures)
+    seconds = estimate(experiment, to_do, data_of, args.eager)
+    jobs = runs_at_once(experiment, to_do, data_of, args.jobs, max(1, cores // args.threads))
+    print_plan(args, block, data_of(runs[0]), runs, seconds, jobs, experiment.figures)
     if args.dry_run:
         return
     folders.make_writable(results)
@@ -684,7 +696,7 @@ def train_missing(experiment, args):
         return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial], results)
 
     def do(run, say):
-        return outcome(run, do_run(experiment, run, data, results, told(run, say), args.eager))
+        return outcome(run, do_run(experiment, run, data_of(run), results, told(run, say), args.eager))
 
     run_at_once(to_do, results, do, jobs, seconds, ready, args.threads)
     if args.tune:

@@ -37,12 +37,12 @@ def main():
     p = study.training_parser(__doc__)
     p.set_defaults(preset="paper", only=["1x1024H"], trials=1)
     args, cores = p.parse_args(), torch.get_num_threads()
-    _, data, (run,) = study.prepare(train_mlp_fmnist.EXPERIMENT, args)
+    _, data_of, (run,) = study.prepare(train_mlp_fmnist.EXPERIMENT, args)
     runs = [replace(run, preset=f"spread/{run.preset}-bit{which}") for which in range(RUNS)]
     folders.make_writable(args.results)
 
     def do(run, say):
-        return study.outcome(run, study.do_run(nudged(int(run.preset[-1])), run, data, args.results,
+        return study.outcome(run, study.do_run(nudged(int(run.preset[-1])), run, data_of(run), args.results,
                                                study.told(run, say)))
 
     to_do = [run for run in runs if folders.to_be_done(run, args.results)]

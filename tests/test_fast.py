@@ -214,7 +214,7 @@ def test_eager_reaches_the_plan(data, monkeypatch):
     with pytest.raises(AssertionError, match="captured"):
         study.cost(experiment, run, data)
     monkeypatch.setattr(study, "cost", lambda *arguments: eager.append(arguments[3]) or 1.0)
-    study.estimate(experiment, [run], data, True)
+    study.estimate(experiment, [run], lambda run: data, True)
     assert eager == [True]
 
 

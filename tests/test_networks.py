@@ -314,7 +314,7 @@ def test_a_last_batch_of_one_image_that_batch_norm_cannot_take_is_refused(batch,
     run = study.Run("test", "densenet_cifar", "small", "joint", 1.0, 0, settings, False)
     with pytest.raises(common.Refused, match=rf"batch {batch}: the last batch of 61 .* one image") if refused else (
             contextlib.nullcontext()):
-        study.refuse_lone_images(train_densenet_cifar.EXPERIMENT, [run], data)
+        study.refuse_lone_images(train_densenet_cifar.EXPERIMENT, [run], lambda run: data)
 
 
 def test_bytes_saved_for_backward_are_those_that_a_step_keeps():

@@ -474,7 +474,7 @@ def test_of_the_methods_in_once_only_the_first_trial_is_planned(tmp_path):
     assert set(FinishedRuns(tmp_path, "overnight", "example").planned("table2")) == there
 
 
-@pytest.mark.parametrize("key", ["epochs", "momentum", "lr", "train", "seed", "hidden"])
+@pytest.mark.parametrize("key", ["epochs", "momentum", "lr", "train", "classes", "seed", "hidden"])
 def test_runs_of_other_settings_never_share_a_mean(study, script, tmp_path, key):
     altered_copy(study, tmp_path, lambda record: record["settings"].update({key: 99}))
     status, _, err = script(make_figures, "fig2", "--preset", "smoke")
@@ -496,6 +496,49 @@ def test_a_run_in_the_folder_of_another_is_refused(study, script, tmp_path, ther
     for module, *arguments in scripts:
         status, _, err = script(module, *arguments, "--preset", "smoke")
         assert status == 2 and f"smoke/mlp_fmnist/256x4H/{there}" in err and copied_to in err and err.count("\n") == 1
+
+
+def test_a_link_that_leaves_the_results_folder_is_refused(study, script, tmp_path):
+    shutil.copytree(study / "results", "elsewhere")
+    shutil.copytree(study / "results", "results")
+    place = Path("smoke/mlp_fmnist/256x4H/joint-0/trial1")
+    shutil.rmtree("results" / place)
+    ("results" / place).symlink_to(Path("elsewhere" / place).resolve())
+    for module, *arguments in ((make_figures, "fig2"), (train_mlp_fmnist, "--figure", "2", "--data", "synthetic")):
+        status, _, err = script(module, *arguments, "--preset", "smoke")
+        assert status == 2 and err.count("\n") == 1
+        assert f"results/{place}/run.json is a link to " in err and f"elsewhere/{place}/run.json, outside " in err
+    Path("results").rename("own")
+    Path("results").symlink_to("elsewhere")             # a link to the whole is the user's own choice
+    assert script(make_figures, "fig2", "--preset", "smoke")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "history.npz"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_refused(study, script, tmp_path, make, name):
+    """A pipe would be read for ever."""
+    shutil.copytree(study / "results", "results")
+    path = Path("results/smoke/mlp_fmnist/256x4H/joint-0/trial1", name)
+    path.unlink()
+    make(path)
+    for module, *arguments in ((make_figures, "fig2"), (train_mlp_fmnist, "--figure", "2", "--data", "synthetic")):
+        status, _, err = script(module, *arguments, "--preset", "smoke")
+        assert status == 2 and f"{path} is not a regular file: remove it" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("figure, status", [("fig4", 2), ("fig5", 0)])
+def test_a_configuration_may_have_classes_of_its_own(study, script, tmp_path, figure, status):
+    """Its data are its own. In one figure, errors of other numbers of classes do not stand side by side."""
+    for name, classes in (("ConvNet-0.07M", 20), ("10xConvNet-0.29M", 10)):
+        done = script(train_convnet_cifar, "--preset", "smoke", "--only", "ConvNet-0.14M", name, "--trials", "1",
+                      "--set", f"{name}.classes={classes}")
+        assert done[0] == 0, done
+        path = Path("results/smoke/convnet_cifar", name, "joint-0/trial0")
+        assert folders.read_run(path)["settings"]["classes"] == classes
+    weights = folders.load_weights(path, "cpu")
+    assert [len(w) for name, w in weights.items() if name.endswith("bias")][-1] == 10
+    done = script(make_figures, figure, "--preset", "smoke")
+    assert done[0] == status and ("mixes runs with classes" in done[2]) == bool(status), done
 
 
 def test_the_names_of_methods_are_recognised():

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import study
 import common
@@ -347,6 +348,16 @@ def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkey
             "mat1",):
         assert word in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["find_data", "cut_data"])
+def test_too_little_memory_for_the_images_is_told(script, monkeypatch, step):
+    def fail(*_):
+        raise MemoryError("Unable to allocate 1.2 GiB for an array")
+    monkeypatch.setattr(folders, step, fail)
+    status, _, err = script(train_mlp_fmnist, "--preset", "smoke")
+    assert (status, err) == (2, "error: the images: not enough memory: free memory; nothing was written\n")
+    assert not list(Path().iterdir())
 
 
 # --- The spread of one trial (benchmarks/spread.py) ----------------------------------------------

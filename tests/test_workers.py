@@ -184,6 +184,13 @@ def test_shards_are_the_study_and_share_nothing(parts):
     assert max(sizes) - min(sizes) <= 6                 # five trials of stacking go with their members
 
 
+def test_a_part_without_runs_is_said(tmp_path):
+    done = command(tmp_path, "--shard", "99/100")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "mlp_fmnist: no run of this selection is in part 99 of 100\n"
+    assert not list(tmp_path.iterdir())
+
+
 # --- How it ends ---------------------------------------------------------------------------------
 
 
@@ -282,7 +289,7 @@ def test_runs_at_once(monkeypatch, runs, jobs, cores, gigabytes, device, at_once
     some = [study.Run("p", "e", f"{i}", "joint", 0, 0, {"needs": 1e9 if i == 1 else 1e3}, False) for i in range(runs)]
     data = common.Data({}, "", 10, *[torch.zeros(1, 1, 2, 2, device="meta")] * 6)
     monkeypatch.setattr(common.Data, "device", torch.device(device))
-    assert study.runs_at_once(train_mlp_fmnist.EXPERIMENT, some, data, jobs, cores) == at_once
+    assert study.runs_at_once(train_mlp_fmnist.EXPERIMENT, some, lambda run: data, jobs, cores) == at_once
 
 
 @pytest.fixture
