@@ -375,8 +375,8 @@ def runs_at_once(experiment, runs, data_of, jobs, cores):
     """How many runs to train at once: --jobs; else one on a GPU, and on a CPU one per core that memory allows."""
     if jobs or not runs or data_of(runs[0]).device.type == "cuda" or sys.platform != "linux":
         return max(1, min(jobs or 1, len(runs)))
-    needed = max(bytes_saved_for_backward(experiment.build, run.settings, data.shape, data.classes)
-                 for run in {run.configuration: run for run in runs}.values() if (data := data_of(run)))
+    needed = max(bytes_saved_for_backward(experiment.build, run.settings, data_of(run).shape, data_of(run).classes)
+                 for run in {run.configuration: run for run in runs}.values())
     available = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
     return max(1, min(cores, len(runs), int(available / (needed + 5e8))))
 
@@ -408,16 +408,19 @@ class Progress:
     def __call__(self, path, done, text, line=None, step=1):
         """Of the run at `path` the share `done` is done, as `text` says, the last `step` of it here; no text: it ended.
 
-        `line` is to stay. Without a path: a process waits for the runs of others.
+        done: None if the run has just begun, or goes on from a checkpoint. `line` is to stay. Without a path: a process
+        waits for the runs of others.
         """
         if path is not None:
-            before = self.running.pop(path, (max(0, done - step), ""))[0]       # (a resumed run did not begin here)
-            self.worked += (done - before) * self.seconds[path]
+            before, _ = self.running.pop(path, (None, ""))
+            if done is not None:
+                before = max(0, done - step) if before is None else before      # (a resumed run did not begin here)
+                self.worked += (done - before) * self.seconds[path]
             if text:
                 self.running[path] = done, text
         over = [other for other in self.seconds if self.written(other) not in (None, self.replaced[other])]
         left = sum(self.seconds.values()) - sum(self.seconds[other] for other in over) - sum(
-            share * self.seconds[other] for other, (share, _) in self.running.items() if other not in over)
+            share * self.seconds[other] for other, (share, _) in self.running.items() if share and other not in over)
         spent = time.perf_counter() - self.began
         left *= spent / self.worked if self.worked and spent > 5 else 1 / self.jobs
         head, tail = f"[{len(over)}/{len(self.seconds)}] ", f", about {duration(max(0, left))} left"
@@ -632,7 +635,12 @@ def prepare(experiment, args):
 
 
 def refuse_contradictions(block, runs, tune):
-    """Raises Refused if two settings of the runs contradict each other."""
+    """Raises Refused if two settings of the runs contradict each other, or one the data set."""
+    most = common.DATASETS[block["dataset"]].classes
+    for run in runs:
+        if (run.settings["classes"] or 0) > most:
+            raise Refused(f"classes {run.settings['classes']} is more than the {most} of {block['dataset']}: lower "
+                          "classes, or set null for all")
     if block["nesterov"] and not block["momentum"]:
         raise Refused("nesterov needs momentum above 0: set momentum, or nesterov=false")
     if tune and not block["validation"]:
@@ -653,9 +661,12 @@ def run_at_once(runs, results, do, jobs, seconds, ready=lambda run: True, thread
     seconds: the cost of each run by its path. ready: as in folders.run_missing.
     """
     def work(say):
+        def one(run):
+            say(run.path, None, f"{run.label}: started")
+            say(run.path, 1, "", do(run, say))
+
         torch.set_num_threads(threads)
-        folders.run_missing(runs, results, lambda run: say(run.path, 1, "", do(run, say)), ready,
-                            lambda: say(None, 0, ""))
+        folders.run_missing(runs, results, one, ready, lambda: say(None, 0, ""))
 
     with contextlib.closing(Progress(seconds, results, jobs)) as progress:
         fast.in_processes(work, jobs, progress, (Refused, OSError))

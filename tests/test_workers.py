@@ -327,6 +327,19 @@ def test_progress_in_a_log(tmp_path, clock, capsys):
     assert capsys.readouterr().out == "[3/3] b: test error 8 %, about 0 s left\n"
 
 
+def test_a_run_that_has_begun_is_shown_before_it_has_anything_to_report(tmp_path, clock, capsys):
+    """Stacking has no epochs, and an epoch of a large network takes minutes."""
+    progress = study.Progress({"a": 10.0, "b": 10.0}, tmp_path, jobs=1)
+    progress("a", None, "a: started")
+    assert capsys.readouterr().out == "[0/2] a: started, about 20 s left\n"
+    clock[0] += 31
+    progress(None, 0, "")                           # another of our processes waits for it
+    assert capsys.readouterr().out == "[0/2] a: started, about 20 s left\n"
+    finish(tmp_path, "a")
+    progress("a", 1, "", "a: test error 9 %")
+    assert capsys.readouterr().out == "[1/2] a: test error 9 %, about 31 s left\n"
+
+
 def test_a_run_that_is_made_anew_counts_once_it_is_written(tmp_path, clock, capsys):
     finish(tmp_path, "a")                           # damaged, or without the weights it must keep
     progress = study.Progress({"a": 10.0, "b": 10.0}, tmp_path, jobs=1)
@@ -348,6 +361,7 @@ def test_the_time_left_is_right(tmp_path, clock, capsys):
     progress = study.Progress({run.path: 3.0 for run in runs}, tmp_path, jobs=1)
     for run in runs:
         report = study.told(run, progress)
+        progress(run.path, None, "started")
         for epoch in (1, 2, 3) if run.trial else (3,):
             clock[0] += 10
             report(epoch, [({}, {"ensemble_error": 0.1})])
