@@ -18,14 +18,12 @@ import sys
 from dataclasses import dataclass
 
 import study
-import common
 import folders
 import identities
 import make_figures
 from finished import CONVNET, DENSENET, MLP, joint, mean_and_error, trained, trained_in
 
 import numpy as np
-import torch
 
 PROTOCOL, REDUCED, NO_EVIDENCE, IDENTITY = "paper's protocol", "reduced", "no evidence", "identity"
 MET, REFUSED, OPEN = "met", "refused", "open"
@@ -239,18 +237,9 @@ class Numbers:
         shares = {}
         for record, folder in self.runs.runs(CONVNET, configuration, joint(lam)):
             if record["result"]["diverged_at_epoch"] is None and (folder / "weights.pt").exists():
-                moved = first_layer_distances(record, folder)
+                _, moved = make_figures.first_layer(folder, record)
                 shares[record["trial"]] = (moved >= moved.max() / 2).double().mean().item()
         return shares
-
-
-def first_layer_distances(record, folder):
-    """(M,): distance of each member's first-layer filters from their initial values, over the norm of these."""
-    s, dataset = record["settings"], common.DATASETS[record["settings"]["dataset"]]
-    run = study.Run("", record["experiment"], record["configuration"], "joint", 0, record["trial"], s, False)
-    start = study.experiment_of(CONVNET).build(s, dataset.shape, dataset.classes, run.generator("initialisation"))
-    start = torch.stack([member[0].weight.detach() for member in start.members]).flatten(1)
-    return (make_figures.first_layer(folder, record).flatten(1) - start).norm(dim=1) / start.norm(dim=1)
 
 
 # --- The empirical claims: statistic and margin --------------------------------------------------

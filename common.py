@@ -478,15 +478,6 @@ class Ensemble(nn.Module):
             return self.members[m](images).float()          # (each weight is used once: no cache)
 
 
-@torch.no_grad()
-def distances(ensemble, untrained):
-    """(M,): norm(weights - initial weights) / norm(initial weights) of each member: does it stagnate (Sec. 4)?"""
-    def vector(member):
-        return torch.cat([p.flatten() for p in member.parameters()])
-    return torch.stack([(vector(one) - vector(other)).norm() / vector(other).norm()
-                        for one, other in zip(ensemble.members, untrained.members, strict=True)])
-
-
 # --- Scores --------------------------------------------------------------------------------------
 
 

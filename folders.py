@@ -129,6 +129,9 @@ def cut_data(data, name, policy, settings, may_download=True):
             data.origin += f", unless {name} can be downloaded"
         if not may_download and policy == "real":
             data.description, data.origin = dataset.description, "to be downloaded first"
+    elif data.classes != dataset.classes:
+        raise Refused(f"{data.origin}: {data.classes} classes were read, and common.DATASETS says that {name} has "
+                      f"{dataset.classes}: mend the entry")
     if classes < data.classes:
         data = common.first_classes(data, classes)
     n, validation, test = len(data.train_labels), s["validation"], s["test"]
@@ -316,16 +319,21 @@ def read_run(folder):
     if folder.absolute().parts[-len(own.parts):] != own.parts:
         raise Refused(f"{path} is the record of the run {own}: the folder was moved, copied or renamed; move it back, "
                       "or remove it")
-    results, real = folder.absolute().parents[len(own.parts) - 1], path.resolve()
-    if not real.is_relative_to(results.resolve()):
-        raise Refused(f"{path} is a link to {real}, outside {results}: copy the run, or name the folder that holds all "
-                      "runs as --results")
+    refuse_elsewhere(path, folder.absolute().parents[len(own.parts) - 1])
     return record
 
 
-def read_file(folder, name):
-    """A file of a finished run, in memory. Raises Damaged if it is not as it was written."""
-    path, record = folder / name, read_run(folder)
+def refuse_elsewhere(path, results):
+    """Raises Refused if a path leaves its results folder by a link: what lies there is of another study."""
+    real = path.resolve()
+    if not real.is_relative_to(results.resolve()):
+        raise Refused(f"{path} is {real}, by a link that leaves {results}: copy the runs, or make {results} itself the "
+                      "link")
+
+
+def read_file(folder, name, record=None):
+    """A file of a finished run, in memory. Raises Damaged if it is not as it was written. record: its run.json."""
+    path, record = folder / name, record or read_run(folder)
     try:
         content = content_of(path)
     except FileNotFoundError as error:
@@ -343,7 +351,7 @@ def whole_run(folder):
     record = read_run(folder)
     for name in record["sha256"] if record else ():
         if name != "weights.pt" or (folder / name).exists():
-            read_file(folder, name)
+            read_file(folder, name, record)
     return record
 
 
@@ -475,6 +483,7 @@ def opened(path):
 def lock(run, results):
     """Locks a run: yields False if another process has it. The lock disappears with its process."""
     path = results / run.path / ".lock"
+    refuse_elsewhere(path.parent, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     with opened(path) as file:
         try:

@@ -245,21 +245,28 @@ def fig4(runs):
 
 
 def filter_montage(filters, scale):
-    """Filters (M, F, C, 3, 3) as one image, two columns for each member: grey is 0, scale is full."""
+    """Filters (M, F, C, 3, 3) as one image, columns for each member, not taller than wide: grey is 0, scale is full."""
     members, count, channels = filters.shape[:3]
-    tiles = np.ones(((count + 1) // 2 * 4 + 1, members * 9 + 1, 3))
+    columns = next(k for k in range(1, count + 1) if 4 * math.ceil(count / k) <= members * (4 * k + 1))
+    width = 4 * columns + 1
+    tiles = np.ones((4 * math.ceil(count / columns) + 1, members * width + 1, 3))
     for m in range(members):
         for f in range(count):
             patch = (0.5 + filters[m, f] / (2 * scale)).transpose(1, 2, 0)
-            y, x = 4 * (f // 2) + 1, 9 * m + 1 + 4 * (f % 2)
+            y, x = 4 * (f // columns) + 1, width * m + 1 + 4 * (f % columns)
             tiles[y:y + 3, x:x + 3] = patch if channels == 3 else patch.mean(2, keepdims=True)
     return tiles.clip(0, 1)
 
 
 def first_layer(folder, record):
-    """The first filters (M, F, C, 3, 3) of a trained run of ConvNets."""
-    weights = folders.load_weights(folder, "cpu")
-    return torch.stack([weights[f"members.{m}.0.weight"] for m in range(record["settings"]["members"])])
+    """The first filters (M, F, C, 3, 3) of ConvNets, and their distance (M,) from the initial ones, over their norm."""
+    s, dataset = record["settings"], common.DATASETS[record["settings"]["dataset"]]
+    run = study.Run("", record["experiment"], record["configuration"], "joint", 0, record["trial"], s, False)
+    classes = s.get("classes") or dataset.classes                       # (runs of earlier versions have all)
+    start = experiment_of(CONVNET).build(s, dataset.shape, classes, run.generator("initialisation")).state_dict()
+    before, now = (torch.stack([w[f"members.{m}.0.weight"] for m in range(s["members"])])
+                   for w in (start, folders.load_weights(folder, "cpu")))
+    return now, (now - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
 
 
 def fig5(runs):
@@ -268,38 +275,39 @@ def fig5(runs):
     sides = {"joint-0": "independent, λ = 0", "joint-1": "end-to-end, λ = 1"}
     rows, shown = [], {}
     for method in sides:
-        for record, history in runs.histories(CONVNET, configuration, method):
-            folder = runs.results / runs.name / CONVNET / configuration / method / f"trial{record['trial']}"
-            if not (folder / "weights.pt").exists():                # FinishedRuns.missing names it
-                continue
-            filters = first_layer(folder, record)
-            norms = filters.flatten(1).norm(dim=1).tolist()
-            own = [{"configuration": configuration, "method": method, "trial": record["trial"],
-                    "member": m + 1, "filter_norm": norm, "relative_filter_norm": norm / max(norms),
-                    "relative_distance_from_initial_weights": float(history["member_distance"][m])}
-                   for m, norm in enumerate(norms)]
-            rows += own
-            shown.setdefault(method, (record, filters.numpy(), own))        # the first trial is drawn
+        for record, folder in runs.runs(CONVNET, configuration, method):
+            if record["result"]["diverged_at_epoch"] is not None or not (folder / "weights.pt").exists():
+                continue                                            # FinishedRuns.missing names it
+            filters, moved = first_layer(folder, record)
+            norms = filters.flatten(1).norm(dim=1)
+            rows += [{"configuration": configuration, "method": method, "trial": record["trial"], "member": m,
+                      "filter_norm": norm, "distance_from_initial_filters": distance}
+                     for m, (norm, distance) in enumerate(zip(norms.tolist(), moved.tolist(), strict=True), 1)]
+            shown.setdefault(method, (record, filters.numpy(), norms.numpy(), moved.numpy()))   # (the first trial)
     if not shown:
         runs.begin()                                                # nothing is used, so that nothing is drawn
-    fig, axes = plt.subplots(3, max(1, len(shown)), figsize=(4.8, 5), height_ratios=[3, 1, 1], sharex="col",
-                             sharey="row", squeeze=False)
     # Full black and white belong to the largest in 200: one filter of a strong member would leave all others grey.
-    scale = np.quantile(np.abs([filters for _, filters, _ in shown.values()]), 0.995) if shown else 1
-    for column, (method, (record, filters, own)) in zip(axes.T, shown.items(), strict=False):
-        x, (image, norms, distances) = np.arange(1, len(filters) + 1), column
-        image.imshow(filter_montage(filters, scale), aspect="auto", interpolation="nearest",
-                     extent=(0.5, len(filters) + 0.5, 0, 1))
+    scale = np.quantile(np.abs([filters for _, filters, *_ in shown.values()]), 0.995) if shown else 1
+    montages = {method: filter_montage(filters, scale) for method, (_, filters, *_) in shown.items()}
+    aspect = max((len(montage) / montage.shape[1] for montage in montages.values()), default=1)
+    fig, axes = plt.subplots(3, max(1, len(shown)), figsize=(4.8, 3.2 + 2 * aspect), sharex="col", sharey="row",
+                             height_ratios=[2 * aspect, 0.7, 0.7], squeeze=False)
+    for (image, sizes, distances), (method, (record, _, norms, moved)) in zip(axes.T, shown.items(), strict=False):
+        x = np.arange(1, len(moved) + 1)
+        image.imshow(montages[method], aspect="auto", interpolation="nearest", extent=(0.5, len(moved) + 0.5, 0, 1))
+        image.set_box_aspect(aspect)                                    # square pixels
         image.set_title(f"{sides[method]}\ntest error {100 * record['result']['test_ensemble_error']:.1f} %, "
                         f"trial {record['trial']}")
         image.set_axis_off()
-        norms.bar(x, [row["filter_norm"] for row in own], 0.7, color=BLUE)
-        distances.bar(x, [row["relative_distance_from_initial_weights"] for row in own], 0.7, color=ORANGE)
+        sizes.bar(x, norms, 0.7, color=BLUE)
+        distances.bar(x, moved, 0.7, color=ORANGE)
+        distances.axhline(moved.max() / 2, color="black", linestyle=":")                # the threshold of C11
+        distances.set_title(f"{(moved >= moved.max() / 2).sum()} of {len(x)} reach half of the largest", fontsize=7)
         distances.set_xticks(x, x)
         distances.set_xlabel("member")
     axes[0, 0].set_ylim(0, 1)
     axes[1, 0].set_ylabel("norm of\nthe filters", fontsize=7)
-    axes[2, 0].set_ylabel("relative distance\nfrom the start", fontsize=7)
+    axes[2, 0].set_ylabel("their relative\ndistance\nfrom the start", fontsize=7)
     return fig, rows
 
 
@@ -578,7 +586,7 @@ def save_table(table, provenance, path, at_chance=False):
 
 
 def save_figure(fig, rows, provenance, path, at_chance=False):
-    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot, in three lines.
+    """Writes path.pdf, path.png and path.csv, with the provenance at the figure's foot, in four lines.
 
     rows are those of the CSV, or of several, by what is added to the path.
     """
@@ -586,8 +594,9 @@ def save_figure(fig, rows, provenance, path, at_chance=False):
     if fig.axes[0].get_legend_handles_labels()[0] and not fig.legends:
         fig.axes[0].legend()
     foot = [part for line in provenance.split("\n") for part in textwrap.wrap(line, int(18.5 * width))]
-    if len(foot) > 3:
-        foot[2:] = [textwrap.shorten(foot[2], int(18.5 * width) - 23, placeholder="") + " … (all in the CSV)"]
+    if len(foot) > 4:
+        kept = textwrap.shorten(foot[3], int(18.5 * width) - 23, placeholder="").rpartition(", ")[0]
+        foot[3:] = [kept + ", … (all in the CSV)"]
     bottom = (0.06 + 0.12 * len(foot)) / height
     fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=7, color=GREY)
@@ -666,7 +675,7 @@ def finish(runs, made, folder):
 TOLERANCES = {
     **dict.fromkeys(("n", "diverged", "depth", "k", "M", "modules", "parameters", "bytes_saved_for_backward"), (0, 0)),
     **dict.fromkeys(("test_error_percent", "validation_error_percent"), (3, 0)), "error_percent": (10, 0),
-    **dict.fromkeys(("cross_entropy", "filter_norm", "relative_distance_from_initial_weights"), (0, 0.15))}
+    **dict.fromkeys(("cross_entropy", "filter_norm", "distance_from_initial_filters"), (0, 0.15))}
 KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss")
 
 

@@ -53,10 +53,10 @@ OTHERS = {      # the rest of an experiment's block
     "trials": COUNT, "tune": RATE, "bagging": one_of(("weights", "resample")), "penalties": RATE,
     "stacking": one_of(("validation", "training")), "folds": number(int, 2, MOST, "a whole number of at least 2")}
 CONFIGURATION = {
+    "classes": (lambda x: x is None or number(int, 2, MOST, "")[0](x), "a whole number of at least 2, or null for all"),
     "members": COUNT, "lr": RATES, "methods": one_of(METHODS), "lambdas": LAMBDA, "weights": LAMBDA,
     "once": (lambda x: isinstance(x, str) and re.fullmatch(METHOD_NAME, x), "a method such as joint-0.5 or bagging")}
 NETWORK = {     # of the networks; another key must have the type that it has in the block `paper`
-    "classes": (lambda x: x is None or number(int, 2, MOST, "")[0](x), "a whole number of at least 2, or null for all"),
     **dict.fromkeys(("hidden", "depth", "growth", "filters", "strides"), COUNT), "batchnorm": SWITCH,
     "padding": number(int, 0, 1, "0 or 1"), "precision": one_of(("fp32", "bf16", "auto"))}
 LISTS = ("lambdas", "methods", "weights", "decay", "penalties", "tune", "once")
@@ -151,9 +151,12 @@ def experiment_settings(preset, name, experiment, changes=()):
     for change in changes:
         set_value(block, change)
     known(block.get("dataset"), common.DATASETS, f"data set of {name}.{experiment}")
-    for each in block["configurations"].values():
-        for key in [*SHARED, *OTHERS, *CONFIGURATION, "classes"]:
-            if key not in block | each:
+    for configuration, each in block["configurations"].items():
+        for key in each.keys() & (SHARED | OTHERS).keys():
+            raise Refused(f"presets.yaml: {name}.{experiment}: {key} holds for all configurations; move it out of "
+                          f"{configuration}")
+        for key in [*SHARED, *OTHERS, *CONFIGURATION]:
+            if key not in (each if key in CONFIGURATION else block):
                 raise Refused(f"presets.yaml: {name}.{experiment}: {key} is missing")
     return block
 
@@ -171,6 +174,9 @@ def set_value(block, change):
     with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
         value = yaml.load(value, Loader)
     chosen = [known(configuration, configurations, "configuration in --set")] if configuration else configurations
-    for target in [block] if key in block else [configurations[each] for each in chosen]:
+    targets = [block] if key in block else [c for each in chosen if key in (c := configurations[each])]
+    if not targets:
+        raise Refused(f"--set {change}: {configuration} has no {key}")
+    for target in targets:
         check(key, value, target[key], f"--set {change}")
         target[key] = value

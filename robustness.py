@@ -12,7 +12,6 @@ Reads run folders and trains nothing. One random order of the members per exampl
 once: the logits summed along the order are those of its first 1, 2, ... M members.
 """
 
-import hashlib
 import shlex
 import time
 
@@ -72,8 +71,9 @@ def trained_runs(preset, args):
     """(run.json, folder) of the finished joint runs of a preset that kept their weights."""
     figures = study.figure_names(args.figure, FIGURES)
     for path in folders.run_folders(args.results / preset, "*/*/joint-*"):
-        record = (path / "weights.pt").exists() and folders.read_run(path)
-        if (record and (not args.only or record["configuration"] in args.only)
+        record = folders.read_run(path)
+        kept = "weights.pt" in record["sha256"] and (path / "weights.pt").exists()
+        if (kept and (not args.only or record["configuration"] in args.only)
                 and (not args.lambdas or record["lambda"] in args.lambdas)
                 and (not args.trials or record["trial"] < args.trials)
                 and (not figures or any(path.parent.name in FIGURES[name].get(record["configuration"], ())
@@ -84,14 +84,15 @@ def trained_runs(preset, args):
 def robustness_run(record, folder, drop, repeats, seed):
     """The run that measures a trained one; the checksum of the trained weights is one of its settings."""
     settings = {"drop": drop, "repeats": repeats, "seed": seed, "trained": record["settings"],
-                "weights": hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()}
+                "weights": record["sha256"]["weights.pt"]}
     return study.Run(record["preset"], f"robustness-{drop}", record["configuration"], record["method"],
                      record["lambda"], record["trial"], settings, weights=False)
 
 
 def data_of(record, folder, data_dir):
     """The data that a run was trained on. Raises Refused if other data is found."""
-    s, _ = record["settings"], study.experiment_of(record["experiment"])       # which may declare a data set of its own
+    s = record["settings"]
+    study.experiment_of(record["experiment"])                   # its script may declare a data set of its own
     data = folders.load_data(s["dataset"], s["data"]["source"], s, data_dir)
     if other := folders.difference(s["data"], data.description):
         raise common.Refused(f"{folder} was trained on other data: {other[0]} is {other[1]} there and {other[2]} here; "
@@ -124,7 +125,7 @@ def main():
     p.add_argument("--drop", default="example", choices=DROPS, help="; ".join(
         f"{name}: {text}" for name, text in DROPS.items()) + " (default: example)")
     args, cores = p.parse_args(), torch.get_num_threads()
-    device = study.choose_device(args.device)
+    device = study.choose_device(args.device, args.jobs)
     preset = study.choose_preset(args.preset, device)
     blocks = presets.load_preset(preset)
     for word in args.only or []:
@@ -147,13 +148,17 @@ def main():
     folders.make_writable(args.results)
     source, loaded = {run.path: of for run, of in zip(runs, trained, strict=True)}, {}
 
+    def which(record):
+        return repr([record["settings"].get(key) for key in (
+            "dataset", "data", "classes", "train", "validation", "test")])
+
     def do(run, say):
         record, folder = source[run.path]
-        which = repr([record["settings"].get(key) for key in (
-            "dataset", "data", "classes", "train", "validation", "test")])
-        if which not in loaded:
-            loaded[which] = data_of(record, folder, args.data_dir).to(device)
-        return measure(run, record, folder, loaded[which], args.results)
+        return measure(run, record, folder, loaded[which(record)], args.results)
+
+    for record, folder in (source[run.path] for run in to_do):          # before several processes need it
+        if which(record) not in loaded:
+            loaded[which(record)] = data_of(record, folder, args.data_dir).to(device)
 
     jobs = max(1, min(args.jobs or (cores if device.type == "cpu" else 1), len(to_do)))
     study.run_at_once(to_do, args.results, do, jobs, {run.path: 1.0 for run in to_do})

@@ -18,7 +18,6 @@ import importlib
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ try:
     from common import Refused
     from folders import method_name, to_be_done
     from presets import CONFIGURATION, COUNT, METHODS, SHARED, known
+    from progress import Progress, duration, outcome, told
 
     import numpy as np
     import torch
@@ -158,7 +158,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
                 wanted.insert(0, ("joint", 0))
             stacked = "stacking" in c["methods"] or ("stacking", 0) in wanted
             for method, lam in wanted:
-                settings = {"data": data, "seed": seed, "members": c["members"],
+                settings = {"data": data, "seed": seed, "members": c["members"], "classes": c["classes"],
                             **{key: value for key, value in c.items() if key not in CONFIGURATION},
                             "lr": learning_rate(c["lr"], lam), **{key: block[key] for key in SHARED},
                             **{key: block[key] for key in extra.get(method, [])}}
@@ -209,7 +209,9 @@ def print_tuned(runs, results):
 
 
 def do_run(experiment, run, data, results, report=lambda epoch, history: None, eager=None):
-    """Trains one run and writes its folder. Returns its result, as run.json has it. eager: why, if it is to be.
+    """Trains one run and writes its folder. Returns its result, as run.json has it.
+
+    eager: the reason to launch each step on CUDA instead of a recorded one, or None.
 
     Raises Refused, and writes nothing, if the device has too little memory.
     """
@@ -223,9 +225,6 @@ def do_run(experiment, run, data, results, report=lambda epoch, history: None, e
             ensemble, history, epoch, test = common.train(experiment.build, run, data, report, eager, checkpoint)
             arrays, result = reported(run, history, epoch)
             result |= {"eager": eager} if cuda and eager else {}
-            if isinstance(ensemble, common.Ensemble):
-                untrained, _ = common.new_ensemble(experiment.build, run, data)
-                arrays["member_distance"] = common.distances(ensemble, untrained).cpu().numpy()
     if cuda:
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     for key, value in (test or {}).items():
@@ -244,12 +243,17 @@ def stack(experiment, run, data, results):
     diverged = folders.read_run(source)["result"]["diverged_at_epoch"]
     if diverged is not None:
         return None, {}, {"diverged_at_epoch": diverged}
-    if not (source / "weights.pt").exists():
-        raise Refused(f"{run.label} combines the members of {source}, whose weights.pt is not there: remove {source} "
-                      "and give the same command again")
     ensemble, _ = common.new_ensemble(experiment.build, run, data)
     ensemble.load_state_dict(folders.load_weights(source, data.device))
     return common.stack(ensemble, run, data)
+
+
+def refuse_lost_members(run, source):
+    """Raises Refused if the finished run that stacking combines is there without its weights."""
+    diverged = folders.read_run(source)["result"]["diverged_at_epoch"]
+    if diverged is None and not (source / "weights.pt").exists():
+        raise Refused(f"{run.label} combines the members of {source}, whose weights.pt is not there: remove {source} "
+                      "and give the same command again")
 
 
 def reported(run, history, epoch):
@@ -267,21 +271,20 @@ def reported(run, history, epoch):
 @contextlib.contextmanager
 def fix_told(run=None):
     """Turns an error of too little memory, of a run or of the data, or of --deterministic, into Refused, with a fix."""
+    who = run.label if run else "the images"
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if "use_deterministic_algorithms" in str(error):
-            raise Refused(f"{run.label}: --deterministic: {str(error).split(',')[0]}: use another operation in the "
+            raise Refused(f"{who}: --deterministic: {str(error).split(',')[0]}: use another operation in the "
                           "network, or leave --deterministic out") from error
         if not (isinstance(error, MemoryError) or fast.out_of_memory(error)):
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(fast.root(error)))
-        short = f"not enough memory{f' ({asked[1]} more were needed)' if asked else ''}"
-        if run is None:
-            raise Refused(f"the images: {short}: free memory; nothing was written") from error
-        batch = run.settings["batch"]
-        raise Refused(f"{run.label}: {short}: lower the batch (--set batch={max(1, batch // 2)} instead of {batch}) or "
-                      "the members, or free memory; nothing of this run was written") from error
+        more = f" ({asked[1]} more were needed)" if asked else ""
+        fix = ("" if run is None or run.method == "stacking" else
+               f"lower members or batch ({run.settings['batch']}), with --set and another --results folder, or ")
+        raise Refused(f"{who}: not enough memory{more}: {fix}free memory; finished runs are kept") from error
 
 
 # --- Plan and progress ---------------------------------------------------------------------------
@@ -316,7 +319,9 @@ def cost(experiment, run, data, eager=False):
     batches = common.Batches(run, data, torch.arange(n, device=device))
     step = common.stepper(run, ensemble, optimizer, common.Scores(s["members"], device), batches, eager)
     rows = batches.epoch()[0]
-    few = rows[:max(2, len(rows) // 8)]             # a step of the largest DenseNets takes half a minute
+    # On a CPU a step of the largest DenseNets takes half a minute. On a GPU a smaller batch than that of the recorded
+    # step is launched from Python, which takes longer.
+    few = rows if device.type == "cuda" else rows[:max(2, len(rows) // 8)]
     seconds = fastest(lambda: step(few), device, 0) * len(rows) / len(few)
     if seconds < 2:
         seconds = fastest(lambda: step(rows), device)
@@ -379,90 +384,6 @@ def runs_at_once(experiment, runs, data_of, jobs, cores):
                  for run in {run.configuration: run for run in runs}.values())
     available = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
     return max(1, min(cores, len(runs), int(available / (needed + 5e8))))
-
-
-def duration(s):
-    """Seconds as text."""
-    if s < 6000:
-        return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min"
-    return f"{s / 3600:.1f} h" if s < 100 * 3600 else f"{s / 86400:.0f} days"
-
-
-class Progress:
-    """Says where a study is and when it will end: one living line on a terminal, in a log a line now and then.
-
-    It is told of every run, whichever process trains it. seconds: the cost of each run by its path.
-    """
-
-    def __init__(self, seconds, results, jobs):
-        self.seconds, self.results, self.jobs, self.live = seconds, results, jobs, sys.stdout.isatty()
-        self.running, self.worked = {}, 0.0       # path -> (share done, text); the cost of what was done here
-        self.began, self.said = time.perf_counter(), 0.0
-        self.replaced = {path: self.written(path) for path in seconds}      # damaged runs, and those without weights
-
-    def written(self, path):
-        """When the run at `path` was finished, or None."""
-        with contextlib.suppress(FileNotFoundError):
-            return (self.results / path / "run.json").stat().st_mtime_ns
-
-    def __call__(self, path, done, text, line=None, step=1):
-        """Of the run at `path` the share `done` is done, as `text` says, the last `step` of it here; no text: it ended.
-
-        done: None if the run has just begun, or goes on from a checkpoint. `line` is to stay. Without a path: a process
-        waits for the runs of others.
-        """
-        if path is not None:
-            before, _ = self.running.pop(path, (None, ""))
-            if done is not None:
-                before = max(0, done - step) if before is None else before      # (a resumed run did not begin here)
-                self.worked += (done - before) * self.seconds[path]
-            if text:
-                self.running[path] = done, text
-        over = [other for other in self.seconds if self.written(other) not in (None, self.replaced[other])]
-        left = sum(self.seconds.values()) - sum(self.seconds[other] for other in over) - sum(
-            share * self.seconds[other] for other, (share, _) in self.running.items() if share and other not in over)
-        spent = time.perf_counter() - self.began
-        left *= spent / self.worked if self.worked and spent > 5 else 1 / self.jobs
-        head, tail = f"[{len(over)}/{len(self.seconds)}] ", f", about {duration(max(0, left))} left"
-        now = head + ("; ".join(text for _, text in self.running.values())
-                      or "waiting for runs that other processes train") + tail
-        if line:
-            print("\r\033[K" * self.live + head + line + tail, flush=True)
-        if self.live and (self.running or path is None):
-            print("\r\033[K" + now[:shutil.get_terminal_size().columns - 1], end="", flush=True)
-        elif not self.live and not line and time.perf_counter() - self.said > 30:
-            print(now, flush=True)
-            self.said = time.perf_counter()
-
-    def close(self):
-        """Leaves the terminal's last line empty, for the prompt or an error."""
-        print("\r\033[K" * self.live, end="", flush=True)
-
-
-def told(run, say):
-    """The report of common.train on a run, as messages to a Progress."""
-    part, epochs = "validation" if run.settings["validation"] else "test", run.settings["epochs"]
-
-    def report(epoch, history):
-        line, error = None, 100 * history[-1][1]["ensemble_error"]
-        if epoch == common.DIAGNOSIS[0] and run.lam == 1 and run.settings["members"] > 1:
-            line = common.diagnose(run.label, history[-1][0]["member_error"].numpy())
-        say(run.path, epoch / epochs, f"{run.label}: epoch {epoch}/{epochs}, {part} error {error:.1f} %", line,
-            1 / epochs)
-    return report
-
-
-def outcome(run, result):
-    """The line on a finished run."""
-    if result["diverged_at_epoch"] is not None:
-        return f"{run.label}: DIVERGED at epoch {result['diverged_at_epoch']}"
-    remarks = [f"epoch {result['epoch']}"] if "epoch" in result else []
-    if result.get("penalty_is_outermost"):
-        remarks.append(f"penalty {result['penalty']:g} is at an end of the grid: widen `penalties` in presets.yaml")
-    if result.get("fits_not_converged"):
-        remarks.append(f"{result['fits_not_converged']} fits of the combiner did not converge: try other `penalties`")
-    return f"{run.label}: test error {100 * result['test_ensemble_error']:.2f} %" + f" ({'; '.join(remarks)})" * bool(
-        remarks)
 
 
 def print_plan(args, block, data, runs, seconds, jobs, figures):
@@ -562,8 +483,8 @@ def training_parser(description):
     return p
 
 
-def choose_device(name):
-    """The torch device for --device. Raises Refused if torch cannot use it.
+def choose_device(name, jobs=None):
+    """The torch device for --device. Raises Refused if torch cannot use it, or for several jobs on a GPU.
 
     On a CPU a run has one thread unless --threads says otherwise: no number depends on how many cores there are.
     """
@@ -575,7 +496,12 @@ def choose_device(name):
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
     torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32, in convolutions as well
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (jobs or 1) > 1:
+        raise Refused(f"--jobs {jobs}: on a GPU one run is worked on at a time; for several GPUs start this command "
+                      "once for each, with CUDA_VISIBLE_DEVICES")
+    return torch.device("cuda")
 
 
 def be_deterministic():
@@ -592,12 +518,13 @@ def choose_preset(name, device):
 
 def figure_names(words, figures):
     """The names of figures as FIGURES has them: 2, fig2 or figure2 -> 2; table2."""
-    return [known(re.sub("^fig(ure)?", "", word.lower()) or word, figures, "figure or table") for word in words or []]
+    return [word if word in figures else
+            known(re.sub("^fig(ure)?", "", word.lower()) or word, figures, "figure or table") for word in words or []]
 
 
 def prepare(experiment, args):
-    """What the command line selects: the experiment's settings, data_of(run), the data of a run, and its runs."""
-    device = choose_device(args.device)
+    """What the command line selects: the experiment's settings, a function from a run to its data, and the runs."""
+    device = choose_device(args.device, args.jobs)
     name = choose_preset(args.preset, device)
     preset = presets.load_preset(name)
     block = presets.experiment_settings(preset, name, experiment.name, args.set)
@@ -607,9 +534,6 @@ def prepare(experiment, args):
     figures, policy = figure_names(args.figure, experiment.figures), args.data or preset["data"]
     if args.deterministic:
         be_deterministic()
-    if device.type == "cuda" and (args.jobs or 1) > 1:
-        raise Refused(f"--jobs {args.jobs}: on a GPU one run trains at a time; for several GPUs start this command "
-                      "once for each, with CUDA_VISIBLE_DEVICES")
     for c in block["configurations"].values():
         if c.get("precision") == "auto":
             c["precision"] = "bf16" if folders.bf16_is_fast(device) else "fp32"
@@ -621,10 +545,9 @@ def prepare(experiment, args):
     refuse_contradictions(block, runs, args.tune)
     with fix_told():
         found = folders.find_data(block["dataset"], policy, args.data_dir, not args.dry_run)
-        data = {run.settings["classes"]: None for run in runs}      # by the number of classes
-        for classes in data:
-            data[classes] = folders.cut_data(found, block["dataset"], policy, block | {"classes": classes},
-                                             not args.dry_run).to(device)
+        data = {classes: folders.cut_data(found, block["dataset"], policy, block | {"classes": classes},
+                                          not args.dry_run).to(device)
+                for classes in {run.settings["classes"] for run in runs}}
 
     def data_of(run):
         return data[run.settings["classes"]]
@@ -635,16 +558,17 @@ def prepare(experiment, args):
 
 
 def refuse_contradictions(block, runs, tune):
-    """Raises Refused if two settings of the runs contradict each other, or one the data set."""
-    most = common.DATASETS[block["dataset"]].classes
-    for run in runs:
-        if (run.settings["classes"] or 0) > most:
-            raise Refused(f"classes {run.settings['classes']} is more than the {most} of {block['dataset']}: lower "
-                          "classes, or set null for all")
+    """Raises Refused if two settings of the runs contradict each other or do not fit the data set."""
+    most, asked = common.DATASETS[block["dataset"]].classes, max(run.settings["classes"] or 0 for run in runs)
+    if asked > most:
+        raise Refused(f"classes {asked} is more than the {most} of {block['dataset']}: lower classes, or set null for "
+                      "all")
     if block["nesterov"] and not block["momentum"]:
         raise Refused("nesterov needs momentum above 0: set momentum, or nesterov=false")
     if tune and not block["validation"]:
         raise Refused("--tune compares validation errors, and validation is 0: use --set validation=N")
+    if tune and not any(run.method == "joint" for run in runs):
+        raise Refused("--tune is of joint training: leave --methods out, or add joint")
     if any(run.method == "stacking" for run in runs):
         fitted = block["validation" if block["stacking"] == "validation" else "train"]
         if fitted == 0:
@@ -662,7 +586,7 @@ def run_at_once(runs, results, do, jobs, seconds, ready=lambda run: True, thread
     """
     def work(say):
         def one(run):
-            say(run.path, None, f"{run.label}: started")
+            say(run.path, 0, f"{run.label}: started", None, 0)
             say(run.path, 1, "", do(run, say))
 
         torch.set_num_threads(threads)
@@ -687,9 +611,11 @@ def train_study(experiment, args):
 def train_missing(experiment, args):
     """Trains the selected runs that are not in their folders yet. Raises fast.CannotCapture."""
     cores, results = torch.get_num_threads(), args.results
+    if args.tune and args.shard[1] > 1:
+        raise Refused("--tune compares all runs of a configuration: leave --shard out")
     block, data_of, runs = prepare(experiment, args)
     if not runs:
-        print(f"{experiment.name}: no run of this selection is in part {args.shard[0]} of {args.shard[1]}")
+        print(f"{experiment.name}: no run of this selection is in part {args.shard[0]}/{args.shard[1]}")
         return
     if args.tune:
         runs = tuning_runs(runs, block["tune"])
@@ -702,6 +628,10 @@ def train_missing(experiment, args):
     folders.make_writable(results)
     source = {(run.configuration, run.trial): run for run in runs       # of the members that are stacked
               if (run.method, run.lam) == ("joint", 0)}
+
+    for run in to_do:
+        if run.method == "stacking" and not to_be_done(members := source[run.configuration, run.trial], results):
+            refuse_lost_members(run, results / members.path)
 
     def ready(run):
         return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial], results)

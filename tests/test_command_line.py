@@ -79,6 +79,8 @@ def refused(outcome, *words):
     (MLP, "--data-dir nowhere", ["nowhere", "synthetic", "--data real"]),
     (MLP, "--data real --data-dir nowhere", ["nowhere", "not a folder", "Fashion-MNIST"]),
     (DENSENET, "--tune", ["--tune", "validation is 0", "--set validation=N"]),
+    (MLP, "--tune --methods bagging", ["--tune is of joint training", "add joint"]),
+    (MLP, "--tune --shard 0/2", ["--tune", "leave --shard out"]),
     (DENSENET, "--set DN-High.depth=23", ["depth 23", "6n + 4", "10, 16, 22"]),
     (DENSENET, "--set members=0", ["members=0", "at least 1"]),
     (DENSENET, "--set decay=[0.5,1]", ["decay=[0.5,1]", "below 1 (the end)"]),
@@ -123,8 +125,9 @@ def test_an_empty_data_folder(script, tmp_path_factory):
 def test_a_gpu_must_be_there_and_trains_one_run_at_a_time(script, monkeypatch):
     if not torch.cuda.is_available():
         refused(script(MLP, *SMALL, "--device", "cuda"), "--device cuda", "use --device cpu")
-    monkeypatch.setattr(study, "choose_device", lambda name: torch.device("cuda"))
-    refused(script(MLP, *SMALL, "--jobs", 2), "--jobs 2", "on a GPU one run", "CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, *arguments in ((MLP, *SMALL), (robustness, "--preset", "smoke")):
+        refused(script(module, *arguments, "--jobs", 2), "--jobs 2", "on a GPU one run", "CUDA_VISIBLE_DEVICES")
 
 
 def tiny(presets):
@@ -140,6 +143,9 @@ def tiny(presets):
     *((lambda p, key=key: p["paper"]["mlp_fmnist"].update({key: 1}), [key, "1 is not a list"])
       for key in ("lambdas", "decay", "penalties", "tune", "once")),
     (lambda p: tiny(p).update(weights=0), ["256x4H.weights", "0 is not a list"]),
+    *((lambda p, key=key, value=value: tiny(p).update({key: value}),
+       [f"{key} holds for all configurations", "out of 256x4H"])
+      for key, value in (("batch", 8), ("bagging", "resample"))),
     (lambda p: p["quick"]["mlp_fmnist"].update(weight_decay="1e-4"), ["'1e-4' is not a number", "write 1.0e-4"]),
     (lambda p: p["paper"]["mlp_fmnist"].update(dataset="MNIST"), ["'MNIST'", "did you mean Fashion-MNIST?"]),
     (lambda p: p["quick"].update(data="fake"), ["'fake'", "real, auto, synthetic"]),
@@ -210,6 +216,23 @@ def test_a_data_set_of_one_experiment_concerns_no_other(monkeypatch, tmp_path):
     (tmp_path / "presets.yaml").write_text(yaml.safe_dump(there))
     preset = presets.load_preset("smoke", tmp_path / "presets.yaml")
     assert presets.experiment_settings(preset, "smoke", "convnet_cifar")["dataset"] == "CIFAR-100"
+
+
+def test_a_key_that_not_every_configuration_has_is_set_where_it_is(monkeypatch, tmp_path):
+    there = yaml.safe_load((folders.HERE / "presets.yaml").read_text())
+    tiny(there)["gates"] = 2
+    (tmp_path / "presets.yaml").write_text(yaml.safe_dump(there))
+    preset = presets.load_preset("smoke", tmp_path / "presets.yaml")
+    block = presets.experiment_settings(preset, "smoke", "mlp_fmnist", ["gates=3"])
+    assert {name: c.get("gates") for name, c in block["configurations"].items() if "gates" in c} == {"256x4H": 3}
+    with pytest.raises(common.Refused, match=r"^--set 16x64H\.gates=3: 16x64H has no gates$"):
+        presets.experiment_settings(preset, "smoke", "mlp_fmnist", ["16x64H.gates=3"])
+
+
+def test_a_figure_of_ones_own_may_have_any_name():
+    for name in ("Ends", "fig-a", "2"):
+        assert study.figure_names([name], {name: {}}) == [name]
+    assert study.figure_names(["Fig2", "FIGURE7"], {"2": {}, "7": {}}) == ["2", "7"]
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(script):

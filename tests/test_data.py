@@ -225,7 +225,7 @@ def test_real_cifar_100():
         assert torch.equal(data.normalise(images), theirs)
 
 
-def test_the_first_classes_of_a_data_set(cifar100):
+def test_the_first_classes_of_a_data_set(cifar100, monkeypatch):
     folder, block = cifar100[0].parent, {"train": None, "validation": 0, "test": None, "batch": 2}
     whole = folders.find_data("CIFAR-100", "real", folder)
     data = folders.load_data("CIFAR-100", "real", block | {"classes": 30}, folder)
@@ -238,6 +238,9 @@ def test_the_first_classes_of_a_data_set(cifar100):
     assert torch.equal(data.mean, whole.mean)
     for all_of_them in ({"classes": None}, {}):                 # {}: the settings of a run of an earlier version
         assert folders.load_data("CIFAR-100", "real", block | all_of_them, folder).classes == 100
+    monkeypatch.setitem(common.DATASETS, "CIFAR-100", replace(common.DATASETS["CIFAR-100"], classes=99))
+    with pytest.raises(Refused, match=r"100 classes were read, .* CIFAR-100 has 99: mend the entry"):
+        folders.load_data("CIFAR-100", "real", block | {"classes": None}, folder)
     stand_in = folders.load_data("CIFAR-100", "synthetic", block | {"classes": 7})
     assert stand_in.classes == 7 and stand_in.train_labels.unique().tolist() == list(range(7))
 

@@ -206,6 +206,19 @@ def test_an_error_of_the_step_itself_ends_training(data, monkeypatch):
         train(a_run(), data)
 
 
+def test_the_plan_times_the_step_that_is_recorded(data, monkeypatch):
+    """On a GPU a smaller batch is launched from Python, which may take a hundred times as long."""
+    class Cuda(str):
+        type = "cuda"
+    sizes = []
+    monkeypatch.setattr(common.Data, "device", Cuda("cpu"))
+    monkeypatch.setattr(common, "stepper", lambda *_: lambda rows: sizes.append(len(rows)))
+    monkeypatch.setattr(study, "fastest", lambda work, *_: 1.0 + bool(work()))
+    run = a_run()
+    study.cost(study.Experiment("mlp_fmnist", builder(run)), run, data)
+    assert set(sizes) == {run.settings["batch"]}
+
+
 def test_eager_reaches_the_plan(data, monkeypatch):
     captures(monkeypatch, lambda work: fail(AssertionError("captured")))
     run = a_run()

@@ -242,6 +242,15 @@ def test_a_damaged_measurement_is_made_anew(script, folder):
     assert path.read_bytes() == whole
 
 
+def test_damaged_weights_are_told_of_and_not_their_measurement(script, folder):
+    assert script(robustness, *SELECT)[0] == 0
+    with open(folder / "weights.pt", "ab") as file:
+        file.write(b"1")
+    shutil.rmtree("results/smoke/robustness-example")
+    status, _, err = script(robustness, *SELECT)
+    assert status == 2 and f"{folder / 'weights.pt'} is damaged" in err and err.count("\n") == 1
+
+
 def test_a_run_folder_without_its_weights_is_finished_and_robustness_passes_over_it(script, folder):
     assert script(train_mlp_fmnist, *SHORT, "--lambdas", "1")[0] == 0
     (folder / "weights.pt").unlink()
@@ -255,8 +264,9 @@ def test_stacking_says_that_the_weights_of_its_members_are_missing(script):
     assert script(train_mlp_fmnist, *TINY)[0] == 0
     (path,) = Path().rglob("weights.pt")
     path.unlink()
-    status, _, err = script(train_mlp_fmnist, *TINY, "--methods", "stacking")
+    status, out, err = script(train_mlp_fmnist, *TINY, "--methods", "bagging", "stacking")
     assert status == 2 and err.count("\n") == 1 and str(path.parent) in err and "remove" in err
+    assert "test error" not in out                      # before anything is trained
     assert "sets the run aside" not in err              # since a run that is whole but for them is not
 
 

@@ -8,7 +8,8 @@ import pytest
 FILES = {path.stem: path for path in Path(__file__).resolve().parent.parent.glob("*.py")}
 TRAINING = ["train_mlp_fmnist", "train_densenet_cifar", "train_convnet_cifar"]
 MAY_IMPORT = {"fast": "", "common": "fast", "folders": "common", "presets": "common folders",
-              "study": "fast common folders presets", **dict.fromkeys(TRAINING, "study common"),
+              "progress": "common", "study": "fast common folders presets progress",
+              **dict.fromkeys(TRAINING, "study common"),
               "robustness": "study presets common folders train_mlp_fmnist",
               "finished": "study presets common folders robustness",
               "make_figures": "study common folders robustness finished",

@@ -293,19 +293,6 @@ def test_precision_auto_is_what_the_device_multiplies_in(monkeypatch, fast, prec
     assert {run.settings["precision"] for run in runs} == {precision}
 
 
-# --- What is measured of them --------------------------------------------------------------------
-
-
-def test_the_distance_from_the_initial_weights():
-    nets, moved = ensemble(), ensemble()
-    with torch.no_grad():
-        for p in moved.members[1].parameters():
-            p.mul_(1.5)
-        for p in moved.members[2].parameters():
-            p.zero_()
-    assert common.distances(moved, nets).tolist() == pytest.approx([0, 0.5, 1])
-
-
 @pytest.mark.parametrize("batch, size, refused", [(20, 4, True), (20, 8, False), (21, 4, False), (1, 4, True)])
 def test_a_last_batch_of_one_image_that_batch_norm_cannot_take_is_refused(batch, size, refused):
     """61 images: three batches of 20 and one image, whose last feature maps have one pixel if it has 4x4."""

@@ -172,6 +172,16 @@ def test_the_runs_of_overnight_are_those_of_expected():
     assert f"{zero} at λ = 0 and {one} at λ = 1 (n = 1)" in " ".join(PAGES["ARTIFACT.md"].split())
 
 
+def test_the_members_of_fig_5_are_those_of_expected_quick():
+    moved = {method: [float(row["distance_from_initial_filters"]) for row in csv_rows("quick/fig5.csv")
+                      if row["method"] == method] for method in ("joint-0", "joint-1")}
+    far = {method: sum(d >= max(ds) / 2 for d in ds) for method, ds in moved.items()}
+    page = " ".join(PAGES["ARTIFACT.md"].split())
+    assert f"{far['joint-1']} of 10 members reach half of the largest distance" in page
+    assert f"trained independently, {far['joint-0']} of 10 reach it" in page
+    assert sum(d < 0.1 for d in moved["joint-1"]) == 3 and "three have hardly moved" in page
+
+
 def test_the_spread_of_one_trial_is_that_of_expected():
     errors = [float(row["test_error_percent"]) for row in csv_rows("paper/spread.csv")]
     said = f"{min(errors):.2f} to {max(errors):.2f} %, a standard deviation of {np.std(errors, ddof=1):.2f} points"

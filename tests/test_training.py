@@ -344,7 +344,7 @@ def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkey
     monkeypatch.setattr(common, "training_step", fail)
     with pytest.raises(RuntimeError if words is None else common.Refused) as refusal:
         study.do_run(EXPERIMENT, a_run(), data, tmp_path)
-    for word in (words, "4x3H lambda 0 trial 0", "--set batch=20 instead of 40", "members") if words is not None else (
+    for word in (words, "4x3H lambda 0 trial 0", "lower members or batch (40)", "--results") if words is not None else (
             "mat1",):
         assert word in str(refusal.value)
     assert not list(tmp_path.iterdir())
@@ -356,7 +356,7 @@ def test_too_little_memory_for_the_images_is_told(script, monkeypatch, step):
         raise MemoryError("Unable to allocate 1.2 GiB for an array")
     monkeypatch.setattr(folders, step, fail)
     status, _, err = script(train_mlp_fmnist, "--preset", "smoke")
-    assert (status, err) == (2, "error: the images: not enough memory: free memory; nothing was written\n")
+    assert (status, err) == (2, "error: the images: not enough memory: free memory; finished runs are kept\n")
     assert not list(Path().iterdir())
 
 

@@ -187,7 +187,7 @@ def test_shards_are_the_study_and_share_nothing(parts):
 def test_a_part_without_runs_is_said(tmp_path):
     done = command(tmp_path, "--shard", "99/100")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "mlp_fmnist: no run of this selection is in part 99 of 100\n"
+    assert done.stdout == "mlp_fmnist: no run of this selection is in part 99/100\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -330,7 +330,7 @@ def test_progress_in_a_log(tmp_path, clock, capsys):
 def test_a_run_that_has_begun_is_shown_before_it_has_anything_to_report(tmp_path, clock, capsys):
     """Stacking has no epochs, and an epoch of a large network takes minutes."""
     progress = study.Progress({"a": 10.0, "b": 10.0}, tmp_path, jobs=1)
-    progress("a", None, "a: started")
+    progress("a", 0, "a: started", None, 0)
     assert capsys.readouterr().out == "[0/2] a: started, about 20 s left\n"
     clock[0] += 31
     progress(None, 0, "")                           # another of our processes waits for it
@@ -361,7 +361,7 @@ def test_the_time_left_is_right(tmp_path, clock, capsys):
     progress = study.Progress({run.path: 3.0 for run in runs}, tmp_path, jobs=1)
     for run in runs:
         report = study.told(run, progress)
-        progress(run.path, None, "started")
+        progress(run.path, 0, "started", None, 0)
         for epoch in (1, 2, 3) if run.trial else (3,):
             clock[0] += 10
             report(epoch, [({}, {"ensemble_error": 0.1})])
