@@ -94,7 +94,7 @@ class FinishedRuns:
         self.results, self.name, self.drop = results, name, drop
         self.preset, self.paper = presets.load_preset(name), presets.load_preset("paper")
         self.published = yaml.safe_load((folders.HERE / "published.yaml").read_text(encoding="utf-8"))
-        self.whole_run = functools.cache(folders.whole_run)     # every file is checked once
+        self.whole_run = functools.cache(folders.whole_run)     # every run is checked once
         self.begin()
 
     def begin(self):

@@ -83,7 +83,7 @@ def hint(value):
 def merge(base, changes, where):
     """`base` with the values of `changes`: only keys that `base` has, each value by its rule.
 
-    A configuration may change what its block shares, too.
+    A configuration may also change what its block sets for all of them, such as `lr` or `classes`.
     """
     if not isinstance(changes, dict):
         raise Refused(f"presets.yaml: {where} is {repr(changes)[:60]}: expected a block of settings")
