@@ -189,7 +189,13 @@ def read_cifar_100_binary(folder):
         place = DATA_DIR / place.name
         if not place.is_dir():
             with unpacking(place.name, place) as scratch, tarfile.open(archives[0]) as archive:
-                archive.extractall(scratch.parent, filter="data")
+                scratch.mkdir()
+                for member in archive:              # two files by their names: no path of an archive is followed
+                    path = Path(member.name)
+                    if member.isfile() and path.parent == Path(place.name) and path.name in CIFAR_100_BINARY:
+                        (scratch / path.name).write_bytes(archive.extractfile(member).read())
+                if lacking := CIFAR_100_BINARY.keys() - {path.name for path in scratch.iterdir()}:
+                    raise tarfile.TarError(f"{archives[0]} has no {place.name}/{min(lacking)}")
     parts = []
     for name, sha256 in CIFAR_100_BINARY.items():
         content = (place / name).read_bytes() if (place / name).is_file() else b""

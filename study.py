@@ -661,11 +661,11 @@ def command_line(main):
     handler = signal.signal(signal.SIGTERM, stop)
     try:
         main()
+        sys.stdout.flush()
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:                 # the reader of the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:                # a folder went away, or may not be read
         what = f"{error.filename}: {error.strerror}" if error.filename else error
@@ -677,3 +677,7 @@ def command_line(main):
         sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
     finally:
         signal.signal(signal.SIGTERM, handler)
+        try:
+            sys.stdout.flush()
+        except OSError:                     # what is left, Python would try to write at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

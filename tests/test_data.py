@@ -200,12 +200,14 @@ def test_damaged_binary_files_are_refused(binary, damage):
         folders.find_data("CIFAR-100", "auto", binary)
 
 
-@pytest.mark.parametrize("member", ["../outside", "/tmp/outside", None])
-def test_an_archive_with_a_member_outside_its_folder_is_refused(tmp_path, data_dir, member):
+@pytest.mark.parametrize("member", ["../outside", "/tmp/outside", "another folder/train.bin",
+                                    "cifar-100-binary/../outside", "cifar-100-binary/sub/train.bin"])
+def test_nothing_of_an_archive_but_its_two_files_is_unpacked(tmp_path, data_dir, member):
     (tmp_path / "file").write_text("x")
     with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "file", member or "another folder/file")
-    with pytest.raises(Refused, match="cannot be unpacked"):
+        archive.add(tmp_path / "file", member)
+        archive.add(tmp_path / "file", "cifar-100-binary/test.bin")
+    with pytest.raises(Refused, match=r"cannot be unpacked .* has no cifar-100-binary/train\.bin"):
         folders.find_data("CIFAR-100", "real", tmp_path)
     assert not list(tmp_path.rglob("outside*")) and not list(data_dir.iterdir())
 
