@@ -595,8 +595,9 @@ def save_figure(fig, rows, provenance, path, at_chance=False):
         fig.axes[0].legend()
     foot = [part for line in provenance.split("\n") for part in textwrap.wrap(line, int(18.5 * width))]
     if len(foot) > 4:
-        kept = textwrap.shorten(foot[3], int(18.5 * width) - 23, placeholder="").rpartition(", ")[0]
-        foot[3:] = [kept + ", … (all in the CSV)"]
+        kept = textwrap.shorten(foot[3], int(18.5 * width) - 23, placeholder="")
+        whole, cut, _ = kept.rpartition("), ")
+        foot[3:] = [(whole + cut if cut else kept + " ") + "… (all in the CSV)"]
     bottom = (0.06 + 0.12 * len(foot)) / height
     fig.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
     fig.text(0.01, 0.03 / height, "\n".join(foot), fontsize=7, color=GREY)

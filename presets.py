@@ -94,6 +94,9 @@ def merge(base, changes, where):
             shared, merged[key] = {k: v for k, v in base.items() if k not in SHARED | OTHERS and k != key}, dict(old)
             for name, own in value.items():
                 before = old[known(name, old, f"configuration in presets.yaml, {where}")]
+                for shared_key in [k for k in own or () if k in SHARED | OTHERS]:
+                    raise Refused(f"presets.yaml: {where}: {shared_key} holds for all configurations; move it out of "
+                                  f"{name}")
                 after = merge(shared | before, own, f"{where}.{key}.{name}")
                 merged[key][name] = {k: v for k, v in after.items() if k in before or k in own}
         elif isinstance(old, dict) and key != "lr":
@@ -151,10 +154,7 @@ def experiment_settings(preset, name, experiment, changes=()):
     for change in changes:
         set_value(block, change)
     known(block.get("dataset"), common.DATASETS, f"data set of {name}.{experiment}")
-    for configuration, each in block["configurations"].items():
-        for key in each.keys() & (SHARED | OTHERS).keys():
-            raise Refused(f"presets.yaml: {name}.{experiment}: {key} holds for all configurations; move it out of "
-                          f"{configuration}")
+    for each in block["configurations"].values():
         for key in [*SHARED, *OTHERS, *CONFIGURATION]:
             if key not in (each if key in CONFIGURATION else block):
                 raise Refused(f"presets.yaml: {name}.{experiment}: {key} is missing")

@@ -72,7 +72,7 @@ def trained_runs(preset, args):
     figures = study.figure_names(args.figure, FIGURES)
     for path in folders.run_folders(args.results / preset, "*/*/joint-*"):
         record = folders.read_run(path)
-        kept = "weights.pt" in record["sha256"] and (path / "weights.pt").exists()
+        kept = record and "weights.pt" in record["sha256"] and (path / "weights.pt").exists()
         if (kept and (not args.only or record["configuration"] in args.only)
                 and (not args.lambdas or record["lambda"] in args.lambdas)
                 and (not args.trials or record["trial"] < args.trials)
@@ -158,7 +158,8 @@ def main():
 
     for record, folder in (source[run.path] for run in to_do):          # before several processes need it
         if which(record) not in loaded:
-            loaded[which(record)] = data_of(record, folder, args.data_dir).to(device)
+            with study.fix_told():
+                loaded[which(record)] = data_of(record, folder, args.data_dir).to(device)
 
     jobs = max(1, min(args.jobs or (cores if device.type == "cpu" else 1), len(to_do)))
     study.run_at_once(to_do, args.results, do, jobs, {run.path: 1.0 for run in to_do})

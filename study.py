@@ -287,7 +287,7 @@ def fix_told(run=None):
         raise Refused(f"{who}: not enough memory{more}: {fix}free memory; finished runs are kept") from error
 
 
-# --- Plan and progress ---------------------------------------------------------------------------
+# --- The plan ------------------------------------------------------------------------------------
 
 
 def fastest(work, device, limit=0.2):
@@ -538,7 +538,8 @@ def prepare(experiment, args):
         if c.get("precision") == "auto":
             c["precision"] = "bf16" if folders.bf16_is_fast(device) else "fp32"
     if args.fetch:
-        data = folders.find_data(block["dataset"], policy, args.data_dir)
+        with fix_told():
+            data = folders.find_data(block["dataset"], policy, args.data_dir)
         print(f"data: {block['dataset']}: {data.origin if data else 'the synthetic stand-in'}")
         sys.exit(0 if data or policy == "synthetic" else 3)
     runs = list_runs(name, experiment, block, None, args.seed, args.only, args.lambdas, args.methods, figures)
@@ -620,18 +621,17 @@ def train_missing(experiment, args):
     if args.tune:
         runs = tuning_runs(runs, block["tune"])
     to_do = [run for run in runs if to_be_done(run, results)]
+    source = {(run.configuration, run.trial): run for run in runs       # of the members that are stacked
+              if (run.method, run.lam) == ("joint", 0)}
+    for run in to_do:
+        if run.method == "stacking" and not to_be_done(members := source[run.configuration, run.trial], results):
+            refuse_lost_members(run, results / members.path)
     seconds = estimate(experiment, to_do, data_of, args.eager)
     jobs = runs_at_once(experiment, to_do, data_of, args.jobs, max(1, cores // args.threads))
     print_plan(args, block, data_of(runs[0]), runs, seconds, jobs, experiment.figures)
     if args.dry_run:
         return
     folders.make_writable(results)
-    source = {(run.configuration, run.trial): run for run in runs       # of the members that are stacked
-              if (run.method, run.lam) == ("joint", 0)}
-
-    for run in to_do:
-        if run.method == "stacking" and not to_be_done(members := source[run.configuration, run.trial], results):
-            refuse_lost_members(run, results / members.path)
 
     def ready(run):
         return run.method != "stacking" or not to_be_done(source[run.configuration, run.trial], results)
@@ -659,8 +659,12 @@ def command_line(main):
         if hasattr(stream, "reconfigure"):          # (a notebook's has not)
             stream.reconfigure(errors="replace")    # a λ in a locale that has none
     handler = signal.signal(signal.SIGTERM, stop)
+    leaving = None
     try:
-        main()
+        try:
+            main()
+        except SystemExit as error:         # as by --help
+            leaving = error
         sys.stdout.flush()
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
@@ -681,3 +685,5 @@ def command_line(main):
             sys.stdout.flush()
         except OSError:                     # what is left, Python would try to write at its end, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if leaving:
+        raise leaving

@@ -508,7 +508,7 @@ def bench(experiment, configurations, device):
     """The rows of one experiment's configurations."""
     block = presets.experiment_settings(presets.load_preset("paper"), "paper", experiment.name)
     block |= {"test": TEST[experiment.name]}
-    data = folders.load_data(block["dataset"], "auto", block | {"classes": None}, may_download=False).to(device)
+    data = folders.load_data(block["dataset"], "auto", block, may_download=False).to(device)
     mlps = experiment.name == "mlp_fmnist"
     precisions = ["fp32", "bf16"] if not mlps and folders.bf16_is_fast(device) else ["fp32"]
     rates, ways, floor = machine_rates(device), [], {}

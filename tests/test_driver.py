@@ -117,10 +117,11 @@ def test_a_closed_output_ends_nothing(tmp_path, closed):
     assert done.returncode == 0 and (tmp_path / "smoke/table4.md").is_file()
 
 
-def test_a_full_output_ends_in_one_line(tmp_path):
+@pytest.mark.parametrize("arguments", [["table4", "--preset", "smoke"], ["--help"]])
+def test_a_full_output_ends_in_one_line(tmp_path, arguments):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, make_figures.__file__, "table4", "--preset", "smoke", "--figures-dir",
-                               tmp_path], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, make_figures.__file__, *arguments, "--figures-dir", tmp_path],
+                              stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
 
 

@@ -264,9 +264,10 @@ def test_stacking_says_that_the_weights_of_its_members_are_missing(script):
     assert script(train_mlp_fmnist, *TINY)[0] == 0
     (path,) = Path().rglob("weights.pt")
     path.unlink()
-    status, out, err = script(train_mlp_fmnist, *TINY, "--methods", "bagging", "stacking")
-    assert status == 2 and err.count("\n") == 1 and str(path.parent) in err and "remove" in err
-    assert "test error" not in out                      # before anything is trained
+    for more in ([], ["--dry-run"]):
+        status, out, err = script(train_mlp_fmnist, *TINY, "--methods", "bagging", "stacking", *more)
+        assert status == 2 and err.count("\n") == 1 and str(path.parent) in err and "remove" in err
+        assert out == ""                                # before anything is trained
     assert "sets the run aside" not in err              # since a run that is whole but for them is not
 
 

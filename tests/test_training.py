@@ -355,7 +355,7 @@ def test_too_little_memory_for_the_images_is_told(script, monkeypatch, step):
     def fail(*_):
         raise MemoryError("Unable to allocate 1.2 GiB for an array")
     monkeypatch.setattr(folders, step, fail)
-    status, _, err = script(train_mlp_fmnist, "--preset", "smoke")
+    status, _, err = script(train_mlp_fmnist, "--preset", "smoke", *["--fetch"] * (step == "find_data"))
     assert (status, err) == (2, "error: the images: not enough memory: free memory; finished runs are kept\n")
     assert not list(Path().iterdir())
 
