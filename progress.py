@@ -57,7 +57,8 @@ class Progress:
             print("\r\033[K" + now[:shutil.get_terminal_size().columns - 1], end="", flush=True)
         elif not self.live and not line and time.perf_counter() - self.said > 30:
             print(now, flush=True)
-            self.said = time.perf_counter()
+            if step:                            # (a run that has just begun has nothing to report yet)
+                self.said = time.perf_counter()
 
     def close(self):
         """Leaves the terminal's last line empty, for the prompt or an error."""
