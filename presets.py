@@ -94,8 +94,8 @@ def merge(base, changes, where):
             shared, merged[key] = {k: v for k, v in base.items() if k not in SHARED | OTHERS and k != key}, dict(old)
             for name, own in value.items():
                 before = old[known(name, old, f"configuration in presets.yaml, {where}")]
-                for shared_key in [k for k in own or () if k in SHARED | OTHERS]:
-                    raise Refused(f"presets.yaml: {where}: {shared_key} holds for all configurations; move it out of "
+                if of_all := [k for k in own if k in SHARED | OTHERS] if isinstance(own, dict) else []:
+                    raise Refused(f"presets.yaml: {where}: {of_all[0]} holds for all configurations; move it out of "
                                   f"{name}")
                 after = merge(shared | before, own, f"{where}.{key}.{name}")
                 merged[key][name] = {k: v for k, v in after.items() if k in before or k in own}

@@ -147,6 +147,7 @@ def tiny(presets):
        [f"paper.mlp_fmnist: {key} holds for all configurations", "out of 256x4H"])
       for key, value in (("batch", 8), ("bagging", "resample"))),
     (lambda p: p["quick"]["mlp_fmnist"].update(configurations={"256x4H": {"batch": 8}}), ["quick", "batch holds"]),
+    (lambda p: p["quick"]["mlp_fmnist"].update(configurations={"256x4H": 3}), ["256x4H is 3", "a block"]),
     (lambda p: p["quick"]["mlp_fmnist"].update(weight_decay="1e-4"), ["'1e-4' is not a number", "write 1.0e-4"]),
     (lambda p: p["paper"]["mlp_fmnist"].update(dataset="MNIST"), ["'MNIST'", "did you mean Fashion-MNIST?"]),
     (lambda p: p["quick"].update(data="fake"), ["'fake'", "real, auto, synthetic"]),
@@ -219,7 +220,7 @@ def test_a_data_set_of_one_experiment_concerns_no_other(monkeypatch, tmp_path):
     assert presets.experiment_settings(preset, "smoke", "convnet_cifar")["dataset"] == "CIFAR-100"
 
 
-def test_a_key_that_not_every_configuration_has_is_set_where_it_is(monkeypatch, tmp_path):
+def test_a_key_that_not_every_configuration_has_is_set_where_it_is(tmp_path):
     there = yaml.safe_load((folders.HERE / "presets.yaml").read_text())
     tiny(there)["gates"] = 2
     (tmp_path / "presets.yaml").write_text(yaml.safe_dump(there))

@@ -350,12 +350,12 @@ def test_too_little_memory_is_told_and_nothing_is_written(data, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step", ["find_data", "cut_data"])
-def test_too_little_memory_for_the_images_is_told(script, monkeypatch, step):
+@pytest.mark.parametrize("step, flags", [("find_data", []), ("find_data", ["--fetch"]), ("cut_data", [])])
+def test_too_little_memory_for_the_images_is_told(script, monkeypatch, step, flags):
     def fail(*_):
         raise MemoryError("Unable to allocate 1.2 GiB for an array")
     monkeypatch.setattr(folders, step, fail)
-    status, _, err = script(train_mlp_fmnist, "--preset", "smoke", *["--fetch"] * (step == "find_data"))
+    status, _, err = script(train_mlp_fmnist, "--preset", "smoke", *flags)
     assert (status, err) == (2, "error: the images: not enough memory: free memory; finished runs are kept\n")
     assert not list(Path().iterdir())
 
