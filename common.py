@@ -94,44 +94,45 @@ def read_fashion_mnist(folder):
             return None
         raw = DATA_DIR / "FashionMNIST" / "raw"
         if not raw.is_dir():
-            with unpacking("raw", raw) as scratch:
+            with unpacking(folder, raw) as scratch:
                 scratch.mkdir()
                 for name, path in packed.items():
                     if path.is_file():
                         (scratch / name).write_bytes(gzip.decompress(path.read_bytes()))
-                check_fashion_mnist(scratch, folder)
-    check_fashion_mnist(raw, raw)
+                check_files(scratch, FASHION_MNIST, folder)
+    check_files(raw, FASHION_MNIST, raw)
     train, test = (torchvision.datasets.FashionMNIST(raw.parent.parent, train=part) for part in (True, False))
     return Data(DATASETS["Fashion-MNIST"].description, str(folder), 10, train.data[:, None], train.targets,
                 test.data[:, None], test.targets, per_channel(0.2860), per_channel(0.3530))
 
 
-def check_fashion_mnist(raw, source):
-    """Raises Refused if one of the four files is missing or has another SHA-256; `source` is the folder to mend."""
-    for name, sha256 in FASHION_MNIST.items():
-        if not (raw / name).is_file():
-            raise Refused(f"{source} holds Fashion-MNIST without {name}: expected {', '.join(FASHION_MNIST)}")
-        if hashlib.sha256((raw / name).read_bytes()).hexdigest() != sha256:
-            raise Refused(f"{name} in {source} has the wrong SHA-256 (expected {sha256[:12]}...): the file is "
-                          "truncated or of another data set; remove it, and fetch it again")
+def check_files(folder, files, source):
+    """Raises Refused if one of `files` (name: SHA-256) is missing from a folder or has other content; `source` is the
+    folder or the archive to mend."""
+    for name, sha256 in files.items():
+        if not (folder / name).is_file():
+            raise Refused(f"{source} has no {name} (expected {', '.join(files)}): remove it")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+            raise Refused(f"{name} in {source} is truncated, damaged or another file (expected SHA-256 {sha256}): "
+                          "remove it")
 
 
 @contextlib.contextmanager
-def unpacking(name, target):
-    """Yields a path to unpack into, which is then renamed to `target` in one step: nobody sees half of it."""
+def unpacking(source, target):
+    """Yields a path to unpack `source` into, which is then renamed to `target` in one step: nobody sees half of it."""
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DATA_DIR) as scratch:
-            yield Path(scratch, name)
+            yield Path(scratch, target.name)
             target.parent.mkdir(exist_ok=True)
             try:
-                Path(scratch, name).rename(target)
+                Path(scratch, target.name).rename(target)
             except OSError:
                 if not target.is_dir():         # another process got there first
                     raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        raise Refused(f"{target} cannot be unpacked ({error}): fetch the archive again, or make room in {DATA_DIR}"
-                      ) from error
+        reason = " ".join(str(error).split())   # tarfile's has several lines
+        raise Refused(f"{source} cannot be unpacked into {target} ({reason}): remove it, or make room") from error
 
 
 CIFAR_MEAN_AND_STD = {"CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -150,17 +151,15 @@ def read_cifar(name, folder):
         if not archive.is_file():
             return None
         if not torchvision.datasets.utils.check_integrity(archive, dataset.tgz_md5):
-            raise Refused(f"{archive} has the wrong MD5 (expected {dataset.tgz_md5}): the archive is truncated or "
-                          "damaged; remove it, and fetch it again")
+            raise Refused(f"{archive} is damaged or another file (expected MD5 {dataset.tgz_md5}): remove it")
         if not (DATA_DIR / dataset.base_folder).is_dir():
-            with unpacking(dataset.base_folder, DATA_DIR / dataset.base_folder) as scratch:
+            with unpacking(archive, DATA_DIR / dataset.base_folder) as scratch:
                 torchvision.datasets.utils.extract_archive(str(archive), str(scratch.parent))
         folder = DATA_DIR
     try:
         train, test = (dataset(folder, train=part) for part in (True, False))
     except RuntimeError as error:                       # torchvision's "not found or corrupted"
-        raise Refused(f"{folder / dataset.base_folder} is incomplete or damaged: remove it, and put {dataset.filename} "
-                      f"into {folder}") from error
+        raise Refused(f"{folder / dataset.base_folder} is incomplete or damaged: remove it") from error
     images, labels, test_images, test_labels = (value for part in (train, test) for value in (
         torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
     mean, std = CIFAR_MEAN_AND_STD[name]
@@ -188,21 +187,17 @@ def read_cifar_100_binary(folder):
             return None
         place = DATA_DIR / place.name
         if not place.is_dir():
-            with unpacking(place.name, place) as scratch, tarfile.open(archives[0]) as archive:
+            with unpacking(archives[0], place) as scratch, tarfile.open(archives[0]) as archive:
                 scratch.mkdir()
                 for member in archive:              # two files by their names: no path of an archive is followed
                     path = Path(member.name)
                     if member.isfile() and path.parent == Path(place.name) and path.name in CIFAR_100_BINARY:
                         (scratch / path.name).write_bytes(archive.extractfile(member).read())
-                if lacking := CIFAR_100_BINARY.keys() - {path.name for path in scratch.iterdir()}:
-                    raise tarfile.TarError(f"{archives[0]} has no {place.name}/{min(lacking)}")
+                check_files(scratch, CIFAR_100_BINARY, archives[0])
+    check_files(place, CIFAR_100_BINARY, place)
     parts = []
-    for name, sha256 in CIFAR_100_BINARY.items():
-        content = (place / name).read_bytes() if (place / name).is_file() else b""
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise Refused(f"{place / name} is missing, truncated or another file (expected SHA-256 {sha256[:12]}...): "
-                          f"remove {place}, and put the data set's cifar-100-binary.tar.gz beside it")
-        records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 2 + 3 * 32 * 32)
+    for name in CIFAR_100_BINARY:
+        records = torch.from_numpy(np.fromfile(place / name, np.uint8)).view(-1, 2 + 3 * 32 * 32)
         parts += [records[:, 2:].reshape(-1, 3, 32, 32).contiguous(), records[:, 1].long()]
     mean, std = CIFAR_MEAN_AND_STD["CIFAR-100"]
     return Data(DATASETS["CIFAR-100"].description, str(place), 100, *parts, per_channel(*mean), per_channel(*std))
@@ -273,7 +268,7 @@ class Dataset:
 def _cifar(name, classes, md5, read, archives):
     return Dataset({"name": name, "source": "real", "md5": md5}, read, None, name.replace("-", ""), classes,
                    (3, 32, 32), 50_000, 10_000,
-                   f"put {archives} of the data set's site into a folder and pass --data-dir FOLDER")
+                   f"put {archives} from www.cs.toronto.edu/~kriz/cifar.html into a folder and pass --data-dir FOLDER")
 
 
 DATASETS = {

@@ -227,7 +227,9 @@ class FinishedRuns:
                 keys -= {"weight_decay"}                # of its own
             self.refuse_difference(*({key: s.get(key) for key in keys} for s in (first, trained(record))), path)
         paper = self.block(experiment, self.paper)
-        data = f"{first['data']['name']} (real)" if first["data"]["source"] == "real" else "SYNTHETIC STAND-IN DATA"
+        real, few = first["data"]["source"] == "real", first.get("classes")         # (runs of earlier versions: all)
+        data = (f"{first['data']['name']} (real{f', {few} classes' * bool(few)})" if real else
+                f"SYNTHETIC STAND-IN DATA{f', {few} classes' * bool(few)}")
         trials = trials_of(collections.Counter(path.parent for path in used).values())
         diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in used.values())
         text = "; ".join(reduced(paper, used.values()))
@@ -239,11 +241,12 @@ class FinishedRuns:
 
 
 def reduced(paper, records):
-    """How the settings of runs differ from the paper's: a part for what all have, one for each configuration."""
+    """How the settings of runs differ from the paper's: a part for what all have, one for each configuration. The
+    number of classes stands with the data."""
     own = {}
     for record in records:
         mine, theirs = trained(record), paper | paper["configurations"].get(record["configuration"], {})
-        apart = ("lr", "precision", "bagging", "stacking", "folds", "penalties", "dataset",
+        apart = ("lr", "precision", "bagging", "stacking", "folds", "penalties", "dataset", "classes",
                  *(["weight_decay"] if record["method"] == "independent" else []))
         own.setdefault(record["configuration"], [
             f"{key} {setting(mine[key])} (paper: {setting(theirs[key])})" for key in mine

@@ -80,25 +80,32 @@ def find_data(name, policy, data_dir=None, may_download=True):
     data/. If none has it, `real` raises Refused, and `auto` says so and takes the stand-in.
     """
     dataset = common.DATASETS[name]
+
+    def read(folder):
+        try:
+            return dataset.read(folder)
+        except Refused as error:                # the files are there, but damaged
+            raise Refused(f"{error}; to get {name} again, {dataset.ways}") from error
+
     if policy == "synthetic":
         if data_dir is not None:
             raise Refused(f"--data-dir {data_dir}: the data is to be synthetic; add --data real to read that folder, "
                           "or leave --data-dir out")
         return None
     if data_dir is not None:
-        data = dataset.read(Path(data_dir)) if Path(data_dir).is_dir() else None
+        data = read(Path(data_dir)) if Path(data_dir).is_dir() else None
         if data is None:
             state = f"has no files of {name}" if Path(data_dir).is_dir() else f"is not a folder with {name}"
             raise Refused(f"--data-dir {data_dir} {state}: put them there, or leave --data-dir out to download them, "
                           f"or {dataset.ways}")
         return data
     for folder in (common.DATA_DIR, dataset.system):
-        if folder is not None and (data := dataset.read(folder)):
+        if folder is not None and (data := read(folder)):
             return data
     if not may_download:
         return None
     failure = download(name, DOWNLOAD_MINUTES if policy == "auto" else None)
-    if failure is None and (data := dataset.read(common.DATA_DIR)):
+    if failure is None and (data := read(common.DATA_DIR)):
         return data
     if policy == "real":
         raise Refused(f"{name} is not on disk and its download failed ({failure}). To get it, be online and "

@@ -434,16 +434,16 @@ class Table:
 
 
 def parameters(experiment, settings):
-    """The parameters of an ensemble for 32x32 images in 100 classes; takes no memory."""
+    """The parameters of an ensemble for 32x32 images in the classes of its settings (null: 100); takes no memory."""
+    build, classes = experiment_of(experiment).build, settings["classes"] or 100
     with torch.device("meta"):
-        ensemble = experiment_of(experiment).build(settings, (3, 32, 32), 100, torch.Generator("cpu"))
-    return sum(p.numel() for p in ensemble.parameters())
+        return sum(p.numel() for p in build(settings, (3, 32, 32), classes, torch.Generator("cpu")).parameters())
 
 
 def table1(runs):
     """Table 1: the DenseNet ensembles, and what a training step takes."""
     paper, mine = (runs.block(DENSENET, preset) for preset in (runs.paper, runs.preset))
-    sizes, rows = ("depth", "growth", "members"), []
+    sizes, rows = ("depth", "growth", "members", "classes"), []
     for name, printed in runs.published["table1"]["rows"].items():
         for block in (paper, mine):
             c, ours = (each["configurations"][name] for each in (block, mine))
@@ -451,10 +451,10 @@ def table1(runs):
             if block is mine and all(c[key] == paper["configurations"][name][key] for key in sizes):
                 continue
             saved = study.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
-                                                   (3, 32, 32), 100)
+                                                   (3, 32, 32), c["classes"] or 100)
             row = {"configuration": name if block is paper else f"{name}, preset {runs.name}", "depth": c["depth"],
-                   "k": c["growth"], "M": c["members"], "parameters": parameters(DENSENET, c),
-                   "bytes_saved_for_backward": saved,
+                   "k": c["growth"], "M": c["members"], "classes": c["classes"] or 100,
+                   "parameters": parameters(DENSENET, c), "bytes_saved_for_backward": saved,
                    "peak_cuda_memory": (as_trained and finished.peak_of_runs(runs, name)) or (
                        finished.peak_of_a_step(name) if block is paper else "not measured on CUDA")}
             if block is paper:
@@ -464,16 +464,16 @@ def table1(runs):
     def beside(text, row, key):
         return f"{text} (paper: {row[key]})" if key in row else text
 
-    cells = [[row["configuration"], str(row["depth"]), str(row["k"]), str(row["M"]),
+    cells = [[row["configuration"], *(str(row[key]) for key in ("depth", "k", "M", "classes")),
               beside(f"{row['parameters']:,}", row, "published_parameters"),
               f"{row['bytes_saved_for_backward'] / 1e9:.1f} GB",
               beside(row["peak_cuda_memory"], row, "published_memory")] for row in rows]
-    return Table("DenseNet ensembles on 32x32 images with 100 classes.",
-                 ["Name", "Depth", "k", "M", "Parameters", "Saved for backward", "Peak on a GPU"], cells, rows,
-                 [f"Saved for backward: the bytes that autograd keeps of one forward pass at batch {paper['batch']} in "
-                  "fp32, counted and not measured; weights, gradients and momenta are not in it.",
-                  "Peak on a GPU: of a run of this preset; without one, of benchmarks/h200.csv, whose own tensors of "
-                  "1.5 GB are in it."])
+    return Table("DenseNet ensembles on 32x32 images.", [
+        "Name", "Depth", "k", "M", "Classes", "Parameters", "Saved for backward", "Peak on a GPU"], cells, rows, [
+            f"Saved for backward: the bytes that autograd keeps of one forward pass at batch {paper['batch']} in fp32, "
+            "counted and not measured; weights, gradients and momenta are not in it.",
+            "Peak on a GPU: of a run of this preset; without one, of benchmarks/h200.csv, whose own tensors of 1.5 GB "
+            "are in it."])
 
 
 def table2(runs):

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import math
 import re
+from decimal import Decimal
 
 import common
 from common import Refused
@@ -76,8 +77,8 @@ def check(key, value, like, where):
 
 def hint(value):
     """For 1e-4, which YAML takes for text: how to write that number."""
-    text = re.fullmatch(r"([-+]?\d+)(e[-+]?\d+)", value, re.IGNORECASE) if isinstance(value, str) else None
-    return f"; YAML reads {value} as text: write {text[1]}.0{text[2]}" if text else ""
+    text = isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,9}e[-+]?\d\d?", value, re.IGNORECASE)
+    return f"; YAML reads {value} as text: write {Decimal(value):f}" if text else ""
 
 
 def merge(base, changes, where):

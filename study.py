@@ -441,7 +441,8 @@ def parser(description):
                    "their names in FIGURES of the script")
     p.add_argument("--only", nargs="+", metavar="NAME", help="only these configurations")
     p.add_argument("--lambdas", nargs="+", type=argument(float, presets.LAMBDA), metavar="L",
-                   help="only joint training, at these lambdas, numbers in [0, 1]")
+                   help="only joint training, at these lambdas, numbers in [0, 1]; a network alone is the same at each "
+                   "and is trained once, as lambda 1")
     p.add_argument("--trials", type=WHOLE, metavar="N", help="only the first N trials (default: the preset's)")
     p.add_argument("--data-dir", metavar="DIR", help="a folder with the real data (default: data/, then the system's "
                    "package, then a download into data/)")

@@ -81,7 +81,7 @@ def test_compressed_files_are_unpacked_once_into_data(files, packed, data_dir, m
 
 @pytest.mark.parametrize("content, said", [
     (gzip.compress(b"\0" * 1000)[:-9], "cannot be unpacked"), (b"not gzip", "cannot be unpacked"),
-    (gzip.compress(b"\0" * 1000), "wrong SHA-256.*remove it"), (None, f"without {IMAGES}")],
+    (gzip.compress(b"\0" * 1000), "another file.*remove it; to get.*apt-get"), (None, f"has no {IMAGES} .*remove it")],
     ids=["truncated", "not gzip", "another data set's", "absent"])
 @pytest.mark.parametrize("policy", ["real", "auto"])
 def test_damaged_files_are_refused_under_every_policy(packed, content, said, policy):
@@ -138,7 +138,7 @@ def test_cifar_100_is_read_as_torchvision_reads_it(cifar100, data_dir, monkeypat
 @pytest.mark.parametrize("name, content, said", [
     ("test", None, "incomplete or damaged"), ("train", b"\x80", "incomplete or damaged"),
     ("train", b"cos\nsystem\n(S'touch executed'\ntR.", "incomplete or damaged"),
-    ("cifar-100-python.tar.gz", b"\x1f\x8b", "cifar-100-python.tar.gz has the wrong MD5")],
+    ("cifar-100-python.tar.gz", b"\x1f\x8b", r"cifar-100-python\.tar\.gz is damaged .*expected MD5 \w{32}\)")],
     ids=["absent", "truncated", "malicious", "a truncated archive"])
 @pytest.mark.parametrize("policy", ["real", "auto"])
 def test_damaged_files_of_cifar_are_refused_and_never_unpickled(cifar100, tmp_path, monkeypatch, name, content, said,
@@ -188,16 +188,41 @@ def test_both_forms_of_cifar_100_are_the_same_data(cifar100, binary, data_dir, t
     assert folders.find_data("CIFAR-100", "real", binary).origin == str(binary / "cifar-100-python")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda place: (place / "train.bin").write_bytes((place / "train.bin").read_bytes()[:-1]),
-    lambda place: (place / "test.bin").rename(place / "train.bin"), lambda place: (place / "test.bin").unlink(),
-    lambda place: (place / "train.bin").write_bytes(b"another file")],
-    ids=["truncated", "swapped", "absent", "foreign"])
-def test_damaged_binary_files_are_refused(binary, damage):
-    damage(binary / "cifar-100-binary")
-    with pytest.raises(Refused, match=r"(train|test)\.bin is missing, truncated or another file \(expected SHA-256 "
-                                      r"\w{12}\.\.\.\): remove .*cifar-100-binary\.tar\.gz"):
+@pytest.mark.parametrize("damage, said", [
+    ({"train.bin": lambda content: content["train.bin"][:-1]}, "train"),
+    ({"train.bin": lambda content: content["test.bin"], "test.bin": lambda content: content["train.bin"]}, "train"),
+    ({"test.bin": lambda content: b""}, "test"), ({"train.bin": lambda content: b"another file"}, "train")],
+    ids=["truncated", "swapped", "empty", "foreign"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_binary_files_are_refused(binary, data_dir, tmp_path, damage, said, packed):
+    place, expected = binary / "cifar-100-binary", common.CIFAR_100_BINARY[f"{said}.bin"]
+    content = {path.name: path.read_bytes() for path in place.iterdir()}
+    for name, damaged in damage.items():
+        (place / name).write_bytes(damaged(content))
+    if packed:
+        folder, named = tmp_path / "packed", "cifar-100-binary.tar.xz"
+        folder.mkdir()
+        with tarfile.open(folder / named, "w:xz") as archive:
+            archive.add(place, place.name)
+    else:
+        folder, named = binary, "cifar-100-binary"
+    with pytest.raises(Refused, match=rf"{said}\.bin in .*{named} is truncated, damaged or another file \(expected "
+                                      rf"SHA-256 {expected}\): remove it; to get CIFAR-100 again, put .*cifar\.html"):
+        folders.find_data("CIFAR-100", "auto", folder)
+    assert not data_dir.exists() or not list(data_dir.iterdir())        # no damaged file stays in data/
+
+
+def test_an_absent_binary_file_is_named(binary):
+    (binary / "cifar-100-binary" / "test.bin").unlink()
+    with pytest.raises(Refused, match=r"cifar-100-binary has no test\.bin \(expected train\.bin, test\.bin\): remove"):
         folders.find_data("CIFAR-100", "auto", binary)
+
+
+def test_an_archive_that_is_none_is_named_in_one_line(tmp_path):
+    (tmp_path / "cifar-100-binary.tar.gz").write_bytes(b"a page that says 404")
+    with pytest.raises(Refused, match=r"cifar-100-binary\.tar\.gz cannot be unpacked into .*: remove it") as refused:
+        folders.find_data("CIFAR-100", "auto", tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("member", ["../outside", "/tmp/outside", "another folder/train.bin",
@@ -207,7 +232,7 @@ def test_nothing_of_an_archive_but_its_two_files_is_unpacked(tmp_path, data_dir,
     with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "file", member)
         archive.add(tmp_path / "file", "cifar-100-binary/test.bin")
-    with pytest.raises(Refused, match=r"cannot be unpacked .* has no cifar-100-binary/train\.bin"):
+    with pytest.raises(Refused, match=r"cifar-100-binary\.tar\.gz has no train\.bin"):
         folders.find_data("CIFAR-100", "real", tmp_path)
     assert not list(tmp_path.rglob("outside*")) and not list(data_dir.iterdir())
 
@@ -225,6 +250,11 @@ def test_real_cifar_100():
     for images in (data.train_images[:2000], data.test_images[:2000]):
         theirs = tv.normalize(tv.convert_image_dtype(images), data.mean.flatten(), data.std.flatten())
         assert torch.equal(data.normalise(images), theirs)
+    moves = common.draw_moves((2000,), torch.Generator().manual_seed(0))
+    padded, crops = F.pad(data.train_images[:2000], [4] * 4), []
+    for image, (top, left, flip) in zip(padded, moves.tolist(), strict=True):
+        crops.append(tv.crop(tv.hflip(image) if flip else image, top, left, 32, 32))
+    assert torch.equal(common.crop_and_flip(padded, torch.arange(2000), moves), torch.stack(crops))
 
 
 def test_the_first_classes_of_a_data_set(cifar100, monkeypatch):

@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import csv
+import importlib
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import study
@@ -18,7 +22,6 @@ from train_mlp_fmnist import MLPEnsemble
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as tv
@@ -121,21 +124,19 @@ def test_densenet_bc_has_the_layers_of_its_definition(depth, growth):
     assert norms == [inputs for inputs, _, _ in expected[1:]] + [width]
 
 
-def torchvisions_densenet():
-    """DenseNet-BC of depth 22 and growth 6. Theirs is for large images: the plain convolution replaces its stem."""
-    network = torchvision.models.DenseNet(6, (3, 3, 3), num_init_features=12, num_classes=10)
-    network.features.conv0 = nn.Conv2d(3, 12, 3, padding=1, bias=False)
-    for name in ("norm0", "relu0", "pool0"):
-        delattr(network.features, name)
-    return network.double()
+@pytest.fixture
+def one_densenet(monkeypatch):
+    """benchmarks/one_densenet.py, which has torchvision's DenseNet for small images."""
+    monkeypatch.syspath_prepend(folders.HERE / "benchmarks")
+    return importlib.import_module("one_densenet")
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_densenet_bc_computes_what_torchvisions_densenet_does(training):
-    mine, other = densenet_bc(22, 6, 3, 10).double(), torchvisions_densenet()
-    with torch.no_grad():
-        for p, q in zip(mine.parameters(), other.parameters(), strict=True):
-            q.copy_(p.normal_(std=0.3))
+def test_densenet_bc_computes_what_torchvisions_densenet_does(one_densenet, training):
+    mine = densenet_bc(22, 6, 3, 10).double()
+    for p in mine.parameters():
+        nn.init.normal_(p, std=0.3)
+    other = one_densenet.with_weights_of(mine, one_densenet.torchvisions_densenet(22, 6, 10).double())
     x = torch.randn(4, 3, 32, 32, dtype=torch.double)
     y, z = (network.train(training)(x) for network in (mine, other))
     equal(y, z, 1e-9)
@@ -145,7 +146,7 @@ def test_densenet_bc_computes_what_torchvisions_densenet_does(training):
         equal(p.grad, q.grad, 1e-9)
 
 
-def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
+def test_one_densenet_trains_as_torchvisions_does(monkeypatch, one_densenet):
     """50 steps with crops, flips, momentum, weight decay and both falls of the rate, on CIFAR-100 where data/ holds it,
     in double precision: the same weights and statistics."""
     normalise = common.Data.normalise
@@ -160,10 +161,7 @@ def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
     run = study.Run("test", "densenet_cifar", "one", "joint", 1.0, 0, s, False)
     start, trained = (make(lambda *form: train_densenet_cifar.build(*form).double(), run, data)[0]
                       for make in (common.new_ensemble, common.train))
-    other = torchvisions_densenet()
-    with torch.no_grad():
-        for p, q in zip(start.parameters(), other.parameters(), strict=True):
-            q.copy_(p)
+    other = one_densenet.with_weights_of(start, one_densenet.torchvisions_densenet(22, 6, 10).double())
     sgd = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     rows, _ = common.split(len(data.train_labels), 0, 0, 300)
     order, augmentation = run.generator("order"), run.generator("augmentation")
@@ -183,6 +181,20 @@ def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
         for p, q in zip(mine, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
     assert not torch.equal(next(start.parameters()), next(trained.parameters()))
+
+
+def test_an_epoch_of_one_densenet_beside_torchvisions(one_densenet, tmp_path):
+    """benchmarks/one_densenet.py on the stand-in: the two networks end with the same losses and errors."""
+    done = subprocess.run([sys.executable, one_densenet.__file__, "--preset", "smoke", "--set", "members=1",
+                           "epochs=2"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "results" / "one_densenet.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["network"], row["epoch"]) for row in rows] == [
+        (whose, epoch) for whose in ("package", "torchvision") for epoch in "12"]
+    for mine, theirs in zip(rows[:2], rows[2:], strict=True):
+        for key in one_densenet.PARTS:
+            assert float(mine[key]) == pytest.approx(float(theirs[key]), abs=1e-4), key
 
 
 def test_initial_weights_are_of_each_member():
