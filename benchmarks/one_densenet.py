@@ -62,12 +62,15 @@ def main():
     runs = {whose: replace(run, preset=f"one/{whose}") for whose in EXPERIMENTS}
     folders.make_writable(args.results)
 
+    def of(run):
+        return EXPERIMENTS[run.preset.removeprefix("one/")]
+
     def do(run, say):
-        experiment = EXPERIMENTS[run.preset.removeprefix("one/")]
-        return study.outcome(run, study.do_run(experiment, run, data_of(run), args.results, study.told(run, say)))
+        return study.outcome(run, study.do_run(of(run), run, data_of(run), args.results, study.told(run, say)))
 
     to_do = [run for run in runs.values() if folders.to_be_done(run, args.results)]
-    study.run_at_once(to_do, args.results, do, max(1, min(cores, len(to_do))), {run.path: 1.0 for run in to_do})
+    study.run_at_once(to_do, args.results, do, max(1, min(cores, len(to_do))),
+                      {run.path: study.cost(of(run), run, data_of(run)) for run in to_do})
     rows = []
     for whose, run in runs.items():
         record, history = folders.read_run(args.results / run.path), folders.load_history(args.results / run.path)

@@ -46,7 +46,8 @@ def main():
                                                study.told(run, say)))
 
     to_do = [run for run in runs if folders.to_be_done(run, args.results)]
-    study.run_at_once(to_do, args.results, do, max(1, min(cores, len(to_do))), {run.path: 1.0 for run in to_do})
+    study.run_at_once(to_do, args.results, do, max(1, min(cores, len(to_do))),
+                      {run.path: study.cost(train_mlp_fmnist.EXPERIMENT, run, data_of(run)) for run in to_do})
     records = [folders.read_run(args.results / run.path) for run in runs]
     make_figures.write_csv(args.results / "spread.csv", [
         {"bit": which, "test_error_percent": 100 * record["result"]["test_ensemble_error"],
