@@ -22,6 +22,7 @@ from train_mlp_fmnist import MLPEnsemble
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as tv
@@ -185,6 +186,9 @@ def test_one_densenet_trains_as_torchvisions_does(monkeypatch, one_densenet):
 
 def test_an_epoch_of_one_densenet_beside_torchvisions(one_densenet, tmp_path):
     """benchmarks/one_densenet.py on the stand-in: the two networks end with the same losses and errors."""
+    settings = {"depth": 10, "growth": 4, "members": 1, "precision": "fp32"}
+    (theirs,) = one_densenet.build(settings, (3, 32, 32), 7, torch.Generator().manual_seed(0)).members
+    assert isinstance(theirs, torchvision.models.DenseNet)
     done = subprocess.run([sys.executable, one_densenet.__file__, "--preset", "smoke", "--set", "members=1",
                            "epochs=2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -137,7 +137,7 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
     artifact = " ".join(PAGES["ARTIFACT.md"].split())
     assert f"independently is {gap:.1f} points worse than one large network (n = {n})" in artifact
     assert f"its error is {same:.1f} %" in artifact
-    open_ = [claim for claim, row in verdicts.items() if row["outcome"] == "inconclusive"]
+    open_ = [claim for claim, row in verdicts.items() if row["outcome"] == "inconclusive"][::-1]
     assert f"C1 to C4 and C13 are reproduced; {', '.join(open_[:-1])} and {open_[-1]} are inconclusive" in artifact
     one = errors["1x1024H", "joint-1"]
     assert f"that of the one network is {float(one['test_error_percent']):.1f} % (n = {one['n']})" in artifact
@@ -239,6 +239,16 @@ def test_the_costs_on_cuda_are_those_of_the_csv_files():
         one, other = (runs[configuration, f"joint-{lam}"] for runs in (gpu, cpu))
         assert (seconds, minutes) == (f"{float(one['seconds']):.0f}", f"{float(other['seconds']) / 60:.0f}")
         assert errors == [f"{100 * float(row['test_ensemble_error']):.2f}" for row in (one, other)]
+
+
+def test_the_first_epoch_of_one_densenet_is_that_of_its_csv():
+    with open(ROOT / "benchmarks/one_densenet.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["network"] for row in rows} == {"package", "torchvision"}
+    for row in rows:
+        assert (f"test loss {float(row['test_ensemble_loss']):.4f} and test error "
+                f"{float(row['test_ensemble_error']):.2%} for both").replace("%", " %") in " ".join(
+                    PAGES["ARTIFACT.md"].split())
 
 
 # --- A study of one's own (docs/own-study.md) ----------------------------------------------------
