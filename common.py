@@ -34,6 +34,10 @@ class Refused(Exception):
     """Bad input, in one line: the value, what was expected, the fix. Scripts exit with status 2."""
 
 
+class Damaged(Refused):
+    """Files of a data set are missing or damaged; folders.find_data adds how to get them."""
+
+
 # --- Data ----------------------------------------------------------------------------------------
 
 
@@ -86,7 +90,7 @@ def read_fashion_mnist(folder):
     """Fashion-MNIST from a folder, or None if the folder has none of its files.
 
     The files are torchvision's, in FashionMNIST/raw, or the data set's four *-ubyte.gz, which are unpacked into data/
-    once. Raises Refused if a file is missing, truncated or another data set's.
+    once. Raises Damaged if a file is missing, truncated or another data set's, and Refused if data/ cannot be written.
     """
     raw, packed = folder / "FashionMNIST" / "raw", {name: folder / f"{name}.gz" for name in FASHION_MNIST}
     if not raw.is_dir():
@@ -94,12 +98,15 @@ def read_fashion_mnist(folder):
             return None
         raw = DATA_DIR / "FashionMNIST" / "raw"
         if not raw.is_dir():
-            with unpacking(folder, raw) as scratch:
+            for path in packed.values():
+                if not path.is_file():
+                    raise Damaged(f"{folder} has no {path.name} (expected four files *-ubyte.gz): add it")
+            with unpacking(raw) as scratch:
                 scratch.mkdir()
                 for name, path in packed.items():
-                    if path.is_file():
+                    with reading(path):
                         (scratch / name).write_bytes(gzip.decompress(path.read_bytes()))
-                check_files(scratch, FASHION_MNIST, folder)
+                    check_files(scratch, {name: FASHION_MNIST[name]}, path)
     check_files(raw, FASHION_MNIST, raw)
     train, test = (torchvision.datasets.FashionMNIST(raw.parent.parent, train=part) for part in (True, False))
     return Data(DATASETS["Fashion-MNIST"].description, str(folder), 10, train.data[:, None], train.targets,
@@ -107,19 +114,17 @@ def read_fashion_mnist(folder):
 
 
 def check_files(folder, files, source):
-    """Raises Refused if one of `files` (name: SHA-256) is missing from a folder or has other content; `source` is the
-    folder or the archive to mend."""
+    """Raises Damaged if a folder lacks one of `files` (name: SHA-256), which came from `source`, or has another one."""
     for name, sha256 in files.items():
         if not (folder / name).is_file():
-            raise Refused(f"{source} has no {name} (expected {', '.join(files)}): remove it")
+            raise Damaged(f"{source} has no {name} (expected {', '.join(files)}): remove {source}")
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-            raise Refused(f"{name} in {source} is truncated, damaged or another file (expected SHA-256 {sha256}): "
-                          "remove it")
+            raise Damaged(f"{name} in {source} is damaged or another file (expected SHA-256 {sha256}): remove {source}")
 
 
 @contextlib.contextmanager
-def unpacking(source, target):
-    """Yields a path to unpack `source` into, which is then renamed to `target` in one step: nobody sees half of it."""
+def unpacking(target):
+    """Yields a path to unpack into, which is then renamed to `target` in one step. Raises Refused if that fails."""
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DATA_DIR) as scratch:
@@ -130,9 +135,18 @@ def unpacking(source, target):
             except OSError:
                 if not target.is_dir():         # another process got there first
                     raise
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+    except OSError as error:
+        raise Refused(f"{target} cannot be written ({error.strerror}): make room, or allow writing there") from error
+
+
+@contextlib.contextmanager
+def reading(archive):
+    """Raises Damaged if the archive that is unpacked here is no archive, or half of one."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())   # tarfile's has several lines
-        raise Refused(f"{source} cannot be unpacked into {target} ({reason}): remove it, or make room") from error
+        raise Damaged(f"{archive} cannot be unpacked ({reason}): remove it") from error
 
 
 CIFAR_MEAN_AND_STD = {"CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -143,7 +157,7 @@ def read_cifar(name, folder):
     """CIFAR-10 or -100 in torchvision's form from a folder, or None if the folder has none of its files.
 
     The files are torchvision's folder, or its archive, which is unpacked into data/ once; torchvision checks the MD5 of
-    each file. Raises Refused if one is missing or damaged.
+    each file. Raises Damaged if one is missing or damaged, and Refused if data/ cannot be written.
     """
     dataset = getattr(torchvision.datasets, name.replace("-", ""))
     archive = folder / dataset.filename
@@ -151,15 +165,15 @@ def read_cifar(name, folder):
         if not archive.is_file():
             return None
         if not torchvision.datasets.utils.check_integrity(archive, dataset.tgz_md5):
-            raise Refused(f"{archive} is damaged or another file (expected MD5 {dataset.tgz_md5}): remove it")
+            raise Damaged(f"{archive} is damaged or another file (expected MD5 {dataset.tgz_md5}): remove it")
         if not (DATA_DIR / dataset.base_folder).is_dir():
-            with unpacking(archive, DATA_DIR / dataset.base_folder) as scratch:
+            with unpacking(DATA_DIR / dataset.base_folder) as scratch, reading(archive):
                 torchvision.datasets.utils.extract_archive(str(archive), str(scratch.parent))
         folder = DATA_DIR
     try:
         train, test = (dataset(folder, train=part) for part in (True, False))
     except RuntimeError as error:                       # torchvision's "not found or corrupted"
-        raise Refused(f"{folder / dataset.base_folder} is incomplete or damaged: remove it") from error
+        raise Damaged(f"{folder / dataset.base_folder} is incomplete or damaged: remove it") from error
     images, labels, test_images, test_labels = (value for part in (train, test) for value in (
         torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
     mean, std = CIFAR_MEAN_AND_STD[name]
@@ -178,7 +192,7 @@ def read_cifar_100_binary(folder):
 
     The files are cifar-100-binary/*.bin, or the archive of that folder, which is unpacked into data/ once. A record
     is a coarse label, a fine label and an image (C, H, W). Images, labels and order are those of read_cifar. Raises
-    Refused if a file is missing or has another SHA-256.
+    Damaged if a file is missing or has another SHA-256, and Refused if data/ cannot be written.
     """
     place = folder / "cifar-100-binary"
     archives = [path for end in ("gz", "xz") if (path := folder / f"{place.name}.tar.{end}").is_file()]
@@ -187,7 +201,7 @@ def read_cifar_100_binary(folder):
             return None
         place = DATA_DIR / place.name
         if not place.is_dir():
-            with unpacking(archives[0], place) as scratch, tarfile.open(archives[0]) as archive:
+            with unpacking(place) as scratch, reading(archives[0]), tarfile.open(archives[0]) as archive:
                 scratch.mkdir()
                 for member in archive:              # two files by their names: no path of an archive is followed
                     path = Path(member.name)

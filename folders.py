@@ -84,7 +84,7 @@ def find_data(name, policy, data_dir=None, may_download=True):
     def read(folder):
         try:
             return dataset.read(folder)
-        except Refused as error:                # the files are there, but damaged
+        except common.Damaged as error:
             raise Refused(f"{error}; to get {name} again, {dataset.ways}") from error
 
     if policy == "synthetic":

@@ -433,11 +433,10 @@ class Table:
     notes: list
 
 
-def parameters(experiment, settings):
-    """The parameters of an ensemble for 32x32 images in the classes of its settings (null: 100); takes no memory."""
-    build, classes = experiment_of(experiment).build, settings["classes"] or 100
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(settings, (3, 32, 32), classes, torch.Generator("cpu")).parameters())
+def parameters(experiment, settings, classes=100):
+    """The parameters of an ensemble for 32x32 images; takes no memory."""
+    ensemble = study.untrained_on_meta(experiment_of(experiment).build, settings, (3, 32, 32), classes)
+    return sum(p.numel() for p in ensemble.parameters())
 
 
 def table1(runs):
@@ -447,14 +446,15 @@ def table1(runs):
     for name, printed in runs.published["table1"]["rows"].items():
         for block in (paper, mine):
             c, ours = (each["configurations"][name] for each in (block, mine))
+            classes = c["classes"] or common.DATASETS[block["dataset"]].classes
             as_trained = all(c[key] == ours[key] for key in sizes)
             if block is mine and all(c[key] == paper["configurations"][name][key] for key in sizes):
                 continue
             saved = study.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
-                                                   (3, 32, 32), c["classes"] or 100)
+                                                   (3, 32, 32), classes)
             row = {"configuration": name if block is paper else f"{name}, preset {runs.name}", "depth": c["depth"],
-                   "k": c["growth"], "M": c["members"], "classes": c["classes"] or 100,
-                   "parameters": parameters(DENSENET, c), "bytes_saved_for_backward": saved,
+                   "k": c["growth"], "M": c["members"], "classes": classes,
+                   "parameters": parameters(DENSENET, c, classes), "bytes_saved_for_backward": saved,
                    "peak_cuda_memory": (as_trained and finished.peak_of_runs(runs, name)) or (
                        finished.peak_of_a_step(name) if block is paper else "not measured on CUDA")}
             if block is paper:

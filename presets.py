@@ -76,8 +76,8 @@ def check(key, value, like, where):
 
 
 def hint(value):
-    """For 1e-4, which YAML takes for text: how to write that number."""
-    text = isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,9}e[-+]?\d\d?", value, re.IGNORECASE)
+    """For 1e-4 or 1.5e4, which YAML takes for text: how to write that number."""
+    text = isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,9}(\.\d{0,9})?e[-+]?\d", value, re.IGNORECASE)
     return f"; YAML reads {value} as text: write {Decimal(value):f}" if text else ""
 
 

@@ -80,8 +80,10 @@ def test_compressed_files_are_unpacked_once_into_data(files, packed, data_dir, m
 
 
 @pytest.mark.parametrize("content, said", [
-    (gzip.compress(b"\0" * 1000)[:-9], "cannot be unpacked"), (b"not gzip", "cannot be unpacked"),
-    (gzip.compress(b"\0" * 1000), "another file.*remove it; to get.*apt-get"), (None, f"has no {IMAGES} .*remove it")],
+    (gzip.compress(b"\0" * 1000)[:-9], r"-ubyte\.gz cannot be unpacked \(.*\): remove it; to get.*apt-get"),
+    (b"not gzip", r"-ubyte\.gz cannot be unpacked"),
+    (gzip.compress(b"\0" * 1000), rf"{IMAGES} in .*/{IMAGES}\.gz is damaged or another file .*: remove .*\.gz; to get"),
+    (None, rf"has no {IMAGES}\.gz \(expected four files \*-ubyte\.gz\): add it")],
     ids=["truncated", "not gzip", "another data set's", "absent"])
 @pytest.mark.parametrize("policy", ["real", "auto"])
 def test_damaged_files_are_refused_under_every_policy(packed, content, said, policy):
@@ -89,6 +91,13 @@ def test_damaged_files_are_refused_under_every_policy(packed, content, said, pol
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(Refused, match=said):
         folders.find_data("Fashion-MNIST", policy, packed)
+
+
+def test_a_data_folder_that_cannot_be_written_is_no_damage(packed, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(common, "DATA_DIR", tmp_path / "file" / "data")
+    with pytest.raises(Refused, match=r"raw cannot be written \(Not a directory\): make room, or allow writing there$"):
+        folders.find_data("Fashion-MNIST", "real", packed)
 
 
 # --- CIFAR ---------------------------------------------------------------------------------------
@@ -206,8 +215,8 @@ def test_damaged_binary_files_are_refused(binary, data_dir, tmp_path, damage, sa
             archive.add(place, place.name)
     else:
         folder, named = binary, "cifar-100-binary"
-    with pytest.raises(Refused, match=rf"{said}\.bin in .*{named} is truncated, damaged or another file \(expected "
-                                      rf"SHA-256 {expected}\): remove it; to get CIFAR-100 again, put .*cifar\.html"):
+    with pytest.raises(Refused, match=rf"{said}\.bin in .*{named} is damaged or another file \(expected SHA-256 "
+                                      rf"{expected}\): remove .*{named}; to get CIFAR-100 again, put .*cifar\.html"):
         folders.find_data("CIFAR-100", "auto", folder)
     assert not data_dir.exists() or not list(data_dir.iterdir())        # no damaged file stays in data/
 
@@ -220,7 +229,7 @@ def test_an_absent_binary_file_is_named(binary):
 
 def test_an_archive_that_is_none_is_named_in_one_line(tmp_path):
     (tmp_path / "cifar-100-binary.tar.gz").write_bytes(b"a page that says 404")
-    with pytest.raises(Refused, match=r"cifar-100-binary\.tar\.gz cannot be unpacked into .*: remove it") as refused:
+    with pytest.raises(Refused, match=r"cifar-100-binary\.tar\.gz cannot be unpacked \(.*\): remove it") as refused:
         folders.find_data("CIFAR-100", "auto", tmp_path)
     assert "\n" not in str(refused.value)
 

@@ -141,7 +141,7 @@ def test_the_numbers_of_the_answer_are_those_of_expected():
     assert f"C1 to C4 and C13 are reproduced; {', '.join(open_[:-1])} and {open_[-1]} are inconclusive" in artifact
     one = errors["1x1024H", "joint-1"]
     assert f"that of the one network is {float(one['test_error_percent']):.1f} % (n = {one['n']})" in artifact
-    assert f"whose standard error of {float(one['standard_error']):.1f} points does not enter" in artifact
+    assert f"whose standard error of {float(one['standard_error']):.1f} points does not enter them" in artifact
 
 
 def same(one, other):

@@ -373,7 +373,7 @@ def test_five_runs_that_differ_in_one_bit(tmp_path, monkeypatch):
         changed = (plain.hidden_weight != other.hidden_weight).flatten().nonzero().flatten().tolist()
         bits = (plain.hidden_weight.detach().view(torch.int32) - other.hidden_weight.detach().view(torch.int32)).abs()
         assert changed == [which] and bits.sum() == 1 and torch.equal(plain.output_weight, other.output_weight)
-    done = subprocess.run([sys.executable, spread.__file__, "--preset", "smoke", "--epochs", "1"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, spread.__file__, "--preset", "smoke"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "standard deviation" in done.stdout, done.stderr
     rows = (tmp_path / "results" / "spread.csv").read_text().splitlines()
