@@ -136,7 +136,7 @@ def unpacking(target):
                 if not target.is_dir():         # another process got there first
                     raise
     except OSError as error:
-        raise Refused(f"{target} cannot be written ({error.strerror}): make room, or allow writing there") from error
+        raise Refused(f"{target} cannot be unpacked ({error}): make room, or allow access") from error
 
 
 @contextlib.contextmanager

@@ -227,9 +227,9 @@ class FinishedRuns:
                 keys -= {"weight_decay"}                # of its own
             self.refuse_difference(*({key: s.get(key) for key in keys} for s in (first, trained(record))), path)
         paper = self.block(experiment, self.paper)
-        real, few = first["data"]["source"] == "real", first.get("classes")         # (runs of earlier versions: all)
-        few = f", {few} classes" if few else ""
-        data = f"{first['data']['name']} (real{few})" if real else f"SYNTHETIC STAND-IN DATA{few}"
+        few = f", {number} classes" if (number := first.get("classes")) else ""     # (runs of earlier versions: all)
+        data = (f"{first['data']['name']} (real{few})" if first["data"]["source"] == "real" else
+                f"SYNTHETIC STAND-IN DATA{few}")
         trials = trials_of(collections.Counter(path.parent for path in used).values())
         diverged = sum(r["result"].get("diverged_at_epoch") is not None for r in used.values())
         text = "; ".join(reduced(paper, used.values()))

@@ -96,7 +96,15 @@ def test_damaged_files_are_refused_under_every_policy(packed, content, said, pol
 def test_a_data_folder_that_cannot_be_written_is_no_damage(packed, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(common, "DATA_DIR", tmp_path / "file" / "data")
-    with pytest.raises(Refused, match=r"raw cannot be written \(Not a directory\): make room, or allow writing there$"):
+    with pytest.raises(Refused, match=r"raw cannot be unpacked \(.*Not a directory: .*\): make room, or allow access$"):
+        folders.find_data("Fashion-MNIST", "real", packed)
+
+
+def test_an_archive_that_cannot_be_read_is_named(packed, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    with pytest.raises(Refused, match=rf"Permission denied: '{packed}/.*-ubyte\.gz'\): make room, or allow access$"):
         folders.find_data("Fashion-MNIST", "real", packed)
 
 
