@@ -454,10 +454,11 @@ class Ensemble(nn.Module):
     DenseNets, ConvNets and networks of your own; the MLPs are one vectorised module of the same form. make() builds one
     network; the generator's seed decides its initial weights, the global state does not. Images and filters are laid
     out channels last, which convolutions prefer on a CPU and on a GPU. At precision bf16 the networks run under
-    autocast, with batch norm's statistics in fp32, and the logits come back as fp32.
+    autocast, with batch norm's statistics in fp32, and the logits come back as fp32. at_once(members, bf16), if given,
+    returns what computes all member logits together on CUDA, from the members' own weights.
     """
 
-    def __init__(self, make, members, generator, precision="fp32"):
+    def __init__(self, make, members, generator, precision="fp32", at_once=None):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
@@ -467,7 +468,11 @@ class Ensemble(nn.Module):
                 part.num_batches_tracked = None         # nobody reads it, and a GPU spends a kernel a layer on it
         self.register_load_state_dict_pre_hook(self.without_counters)
         self.to(memory_format=torch.channels_last)
-        self.bf16 = precision == "bf16"
+        self.bf16, self.at_once, self.joined = precision == "bf16", at_once, None
+
+    def _apply(self, fn, recurse=True):
+        self.joined = None              # on another device, or in another type, it would be of other weights
+        return super()._apply(fn, recurse)
 
     @staticmethod
     def without_counters(ensemble, state, prefix, *_):
@@ -477,6 +482,9 @@ class Ensemble(nn.Module):
             del state[key]
 
     def forward(self, images):
+        if self.at_once and images.is_cuda:
+            self.joined = self.joined or self.at_once(self.members, self.bf16)
+            return self.joined(images)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.bf16:       # once: autocast would keep a copy of the shared images for each member

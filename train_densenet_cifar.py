@@ -13,6 +13,7 @@ Table 2 and the DenseNets of Figure 6 are made from these runs, Tables 1 and 3 f
 
 import study
 from common import Ensemble, Refused
+from fast_densenet import DenseNets
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ def build(settings, shape, classes, generator):
         raise Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a DenseNet, which halves them twice: "
                       "at least 4x4 were expected")
     return Ensemble(lambda: densenet_bc(settings["depth"], settings["growth"], shape[0], classes),
-                    settings["members"], generator, settings["precision"])
+                    settings["members"], generator, settings["precision"], at_once=DenseNets)
 
 
 # --- The runs ------------------------------------------------------------------------------------

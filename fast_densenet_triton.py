@@ -1,0 +1,389 @@
+"""The dense block of fast_densenet.py in six Triton kernels: a form to be measured against the compiled one.
+
+A layer is two kernels forward and three backward. What differs from DenseBlock of fast_densenet.py:
+- inside, activations are planar, (M, C, P): odd growths cost no alignment, k new channels are k whole rows, and weight
+  gradients contract over the contiguous axis. `turn` goes from channels last and back at the ends of a block.
+- batch norm's backward pass adds bias + slope x to the gradient G of a feature map x. By channel, these add up over the
+  later layers in two tables (M, C), applied once, where G is used (`spread`). So a layer reads x and G and writes G in
+  one pass, after which its sums are known: it would take two if they had to come first.
+- sums over pixels: a program writes one row for its pixels, and the one that ends last adds the rows up: no launch, and
+  always the same order. Variances are joined from means and squares about them (Chan), not E[x^2] - E[x]^2.
+- weight gradients: one row per program in a buffer for the whole block, which is summed once.
+
+TRITON_INTERPRET=1 runs it on a CPU, in fp32.
+"""
+
+import fast_densenet
+
+import torch
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(fast_densenet.EPS)
+TILE, NARROW = 128, 64                  # pixels of a tile; in the last two kernels, which hold more rows of each
+FP32 = "tf32x3"                         # of products of fp32: as good as fp32, or "tf32"; "ieee" spills 14 kB
+PROGRAMS, LEAST, WIDEST = 256, 4, 128   # of a launch, two for each of 132 multiprocessors; least tiles; most channels
+# As compiled for sm_90 in bf16: no kernel spills, and two programs fit a multiprocessor (one of 128 channels). Forward,
+# stages of cp.async would cost many instructions, of which those two kernels have too many for memory's speed as it is.
+OPTIONS = {"bottleneck": {"num_stages": 1}, "conv": {"num_warps": 4, "num_stages": 1},
+           "conv_backward": {"num_warps": 4, "num_stages": 2}, "bottleneck_backward": {"num_stages": 2}}
+
+
+def kernel(*changing):
+    """Compiles no variants for the values of these arguments."""
+    return triton.jit(do_not_specialize=[*changing, "per"], do_not_specialize_on_alignment=["count", "of_w"])
+
+
+@triton.jit
+def normal(mean, variance, gamma, beta, live):
+    """Mean, 1 / deviation, scale and shift of the channels that are pointed at; scale and shift are 0 if not live."""
+    mean, rstd = tl.load(mean, live, 0.), tl.rsqrt(tl.load(variance, live, 1.) + EPS)
+    scale = tl.load(gamma, live, 0.) * rstd
+    return mean, rstd, scale, tl.load(beta, live, 0.) - scale * mean
+
+
+@triton.jit
+def join(v, inside, before, mean, square):
+    """Adds a tile v (R, T) to the mean (R), and the sum of squares about it, of `before` pixels."""
+    here = tl.sum(inside.to(tl.float32), 0)
+    average = tl.sum(tl.where(inside[None, :], v, 0.), 1) / here
+    off = tl.where(inside[None, :], v - average[:, None], 0.)
+    delta, share = average - mean, here / (before + here)
+    return mean + delta * share, square + tl.sum(off * off, 1) + delta * delta * (before * share)
+
+
+@triton.jit
+def ends_last(row, first, second, at, live, width, count, programs):
+    """Writes a row; then, whether all other programs have written theirs. The barrier: so have this one's threads."""
+    tl.store(row + at, first, live)
+    tl.store(row + width + at, second, live)
+    tl.debug_barrier()
+    return tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == programs - 1
+
+
+@triton.jit
+def finish(rows, s, mu, square, at, live, width, count, programs, pixels, P, mean, variance):
+    """Mean and variance of P pixels from those of the programs, of `pixels` each. (.cg: not from the L1 cache.)"""
+    if ends_last(rows + s * 2 * width, mu, square, at, live, width, count, programs):
+        i, mu, square, before = tl.arange(0, 16), at * 0., at * 0., 0.
+        for first in range(0, programs, 16):
+            n = tl.maximum(tl.minimum(P - (first + i) * pixels, pixels), 0).to(tl.float32)
+            row, mask = rows + (first + i)[:, None] * 2 * width + at[None, :], (n > 0)[:, None] & live[None, :]
+            means, here = tl.load(row, mask, 0., cache_modifier=".cg"), tl.sum(n, 0)
+            squares, both = tl.load(row + width, mask, 0., cache_modifier=".cg"), tl.maximum(before + here, 1.)
+            average = tl.sum(means * n[:, None], 0) / tl.maximum(here, 1.)
+            off, delta = means - average[None, :], average - mu
+            mu, square = (mu + delta * (here / both),
+                          square + tl.sum(squares + off * off * n[:, None], 0) + delta * delta * (before * here / both))
+            before += here
+        tl.store(mean + at, mu, live)
+        tl.store(variance + at, square / P, live)
+
+
+@triton.jit
+def add_rows(rows, at, live, width, programs):
+    i, first_sum, second_sum = tl.arange(0, 16), at * 0., at * 0.
+    for first in range(0, programs, 16):
+        row = rows + (first + i)[:, None] * 2 * width + at[None, :]
+        mask = (first + i < programs)[:, None] & live[None, :]
+        first_sum += tl.sum(tl.load(row, mask, 0., cache_modifier=".cg"), 0)
+        second_sum += tl.sum(tl.load(row + width, mask, 0., cache_modifier=".cg"), 0)
+    return first_sum, second_sum
+
+
+# --- Kernels. Program (s, chunk of channels, m): member m's tiles of T pixels from s * per, `per` of them ----
+
+
+@kernel("c")
+def turn(source, target, x, slope, bias, rows, count, mean, variance, c, total, P, per, IN: tl.constexpr,
+         OUT: tl.constexpr, AFFINE: tl.constexpr, STATS: tl.constexpr, BC: tl.constexpr, T: tl.constexpr):
+    """Copies c channels. IN, OUT: the row length of one that is channels last, (M, P, IN); 0: planar, (M, total, P).
+
+    AFFINE adds bias + slope x, per channel. STATS: also their mean and variance, at the start of (M, total).
+    """
+    s, chunk, m, programs = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    ch = chunk * BC + tl.arange(0, BC)
+    there, mu, square = ch < c, ch * 0., ch * 0.
+    source, target = source + m * P * (IN or total), target + m * P * (OUT or total)
+    if AFFINE:
+        add, times = tl.load(bias + m * total + ch, there, 0.), tl.load(slope + m * total + ch, there, 0.)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        planar, mask = ch[:, None] * P + p[None, :], there[:, None] & (p < P)[None, :]
+        v = tl.load(source + (p[None, :] * IN + ch[:, None] if IN else planar), mask, 0.)
+        if AFFINE:
+            v = v + add[:, None] + times[:, None] * tl.load(x + m * P * total + planar, mask, 0.).to(tl.float32)
+        tl.store(target + (p[None, :] * OUT + ch[:, None] if OUT else planar), v, mask)
+        if STATS:
+            mu, square = join(v.to(tl.float32), p < P, (tile - s * per) * T, mu, square)
+    if STATS:
+        finish(rows + m * programs * 2 * c, s, mu, square, ch, there, c, count + m * tl.num_programs(1) + chunk,
+               programs, per * T, P, mean + m * total, variance + m * total)
+
+
+@kernel("c", "stride")
+def bottleneck(x, mean, variance, stride, gamma, beta, w, u, rows, count, new_mean, new_variance, c, total, P, per,
+               R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr, PREC: tl.constexpr):
+    """u (M, R, P) = w^T relu(norm(x[:, :c])), and its mean and variance (M, R): x (M, total, P), w (M, c, R).
+
+    Those of x are (M, stride). RP: R made a power of two.
+    """
+    s, m, programs, r = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0), tl.arange(0, RP)
+    live, mu, square = r < R, r * 0., r * 0.
+    x, u, w = x + m * total * P, u + m * R * P, w + m * c * R
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        inside, acc = p < P, tl.zeros((RP, T), tl.float32)
+        for first in range(0, c, BC):
+            ch = first + tl.arange(0, BC)
+            there, at, at_c = ch < c, m * stride + ch, m * c + ch
+            _, _, scale, shift = normal(mean + at, variance + at, gamma + at_c, beta + at_c, there)
+            v = tl.load(x + ch[:, None] * P + p[None, :], there[:, None] & inside[None, :], 0.)
+            a = tl.maximum(v.to(tl.float32) * scale[:, None] + shift[:, None], 0.).to(v.dtype)
+            part = tl.load(w + ch[:, None] * R + r[None, :], there[:, None] & live[None, :], 0.).to(v.dtype)
+            acc = tl.dot(tl.trans(part), a, acc, input_precision=PREC)
+        out = acc.to(u.dtype.element_ty)
+        tl.store(u + r[:, None] * P + p[None, :], out, live[:, None] & inside[None, :])
+        mu, square = join(out.to(tl.float32), inside, (tile - s * per) * T, mu, square)     # those of what is stored
+    finish(rows + m * programs * 2 * R, s, mu, square, r, live, R, count + m, programs, per * T, P,
+           new_mean + m * R, new_variance + m * R)
+
+
+@kernel("c")
+def conv(u, mean, variance, gamma, beta, w, x, rows, count, all_mean, all_variance, c, total, P, per, H: tl.constexpr,
+         W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr,
+         PREC: tl.constexpr):
+    """x[:, c:c + K] = the 3x3 convolution of relu(norm(u)), w (M, R, 9 K), and its statistics, at c of (M, total).
+
+    A tile is whole rows of images. A row of taps reads u that many rows off; the taps of a column have a sum of their
+    own, and two of the three sums are moved by a pixel at the end: u is read and normed three times, not nine.
+    """
+    s, m, programs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    r, j, i = tl.arange(0, RP), tl.arange(0, KP), tl.arange(0, T)
+    live, new, at = r < R, j < K, m * R + r
+    _, _, scale, shift = normal(mean + at, variance + at, gamma + at, beta + at, live)
+    mask, mu, square, none = new[:, None] & live[None, :], j * 0., j * 0., tl.zeros((KP, T), tl.float32)
+    u, x, w = u + m * R * P, x + m * total * P + c * P, w + m * R * 9 * K + r[None, :] * (9 * K) + j[:, None]
+    from_left = tl.broadcast_to(tl.maximum(i - 1, 0)[None, :], KP, T)
+    from_right = tl.broadcast_to(tl.minimum(i + 1, T - 1)[None, :], KP, T)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + i
+        inside, row, column, left, middle, right = p < P, (p // W) % H, p % W, none, none, none
+        for dy in range(3):             # not unrolled: nine tiles of w would not fit the registers
+            there = inside & (row + dy >= 1) & (row + dy <= H)
+            v = tl.load(u + r[:, None] * P + (p + (dy - 1) * W)[None, :], live[:, None] & there[None, :], 0.)
+            a = tl.maximum(v.to(tl.float32) * scale[:, None] + shift[:, None], 0.)
+            a = tl.where(there[None, :], a, 0.).to(v.dtype)         # the padding is of relu(norm(u)): not relu(shift)
+            left = tl.dot(tl.load(w + dy * 3 * K, mask, 0.).to(v.dtype), a, left, input_precision=PREC)
+            middle = tl.dot(tl.load(w + dy * 3 * K + K, mask, 0.).to(v.dtype), a, middle, input_precision=PREC)
+            right = tl.dot(tl.load(w + dy * 3 * K + 2 * K, mask, 0.).to(v.dtype), a, right, input_precision=PREC)
+        middle += tl.where((column > 0)[None, :], tl.gather(left, from_left, 1), 0.)
+        middle += tl.where((column < W - 1)[None, :], tl.gather(right, from_right, 1), 0.)
+        out = middle.to(x.dtype.element_ty)
+        tl.store(x + j[:, None] * P + p[None, :], out, new[:, None] & inside[None, :])
+        mu, square = join(out.to(tl.float32), inside, (tile - s * per) * T, mu, square)
+    finish(rows + m * programs * 2 * K, s, mu, square, j, new, K, count + m, programs, per * T, P,
+           all_mean + m * total + c, all_variance + m * total + c)
+
+
+@triton.jit(do_not_specialize=["c"])
+def spread(g, x, slope, bias, taps, c, total, P, W: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):
+    """taps (M, 3 K, P): the gradient of x[:, c:c + K], g + bias + slope x, moved by -1, 0 and 1 pixels in its row.
+
+    Three copies, so that what conv_backward reads three times is aligned. (They mostly stay in the L2 cache.)
+    """
+    m, j, p = tl.program_id(1).to(tl.int64), tl.arange(0, KP), tl.program_id(0) * T + tl.arange(0, T)
+    new, at = j < K, m * total + c + j
+    add, times = tl.load(bias + at, new, 0.)[:, None], tl.load(slope + at, new, 0.)[:, None]
+    g, x, taps = g + (m * total + c) * P, x + (m * total + c) * P, taps + m * 3 * K * P
+    for dx in tl.static_range(3):
+        column, of = p % W + 1 - dx, j[:, None] * P + (p + 1 - dx)[None, :]
+        mask = new[:, None] & ((p < P) & (column >= 0) & (column < W))[None, :]
+        v = tl.load(g + of, mask, 0.).to(tl.float32) + add + times * tl.load(x + of, mask, 0.).to(tl.float32)
+        at = (dx * K + j)[:, None] * P + p[None, :]
+        tl.store(taps + at, tl.where(mask, v, 0.), new[:, None] & (p < P)[None, :])
+
+
+@kernel("whole")
+def conv_backward(taps, u, mean, variance, gamma, beta, w, of_a, rows, count, of_gamma, of_beta, of_w, P, per, whole,
+                  H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr,
+                  KK: tl.constexpr, T: tl.constexpr, PREC: tl.constexpr):
+    """of_a (M, R, P): the gradient of norm(u), from `taps` of spread. Also those of w (M, R, 9 K), gamma and beta.
+
+    Nine taps in one product: row q of its operand is (tap, channel), as a column of w, so that 9 K is made a power of
+    two, KK, and not each K 16. of_w: one row of `whole` numbers per s.
+    """
+    s, m, programs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    r, q = tl.arange(0, RP), tl.arange(0, KK)
+    live, real, dy, at = r < R, q < 9 * K, q // (3 * K) - 1, m * R + r
+    center, rstd, scale, shift = normal(mean + at, variance + at, gamma + at, beta + at, live)
+    at_w, mask_w = m * R * 9 * K + r[:, None] * (9 * K) + q[None, :], live[:, None] & real[None, :]
+    part = tl.load(w + at_w, mask_w, 0.).to(u.dtype.element_ty)
+    u, of_a, taps, rows = u + m * R * P, of_a + m * R * P, taps + m * 3 * K * P, rows + m * programs * 2 * R
+    sum_d, sum_du, acc = r * 0., r * 0., tl.zeros((RP, KK), tl.float32)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        inside, to = p < P, ((p // W) % H)[None, :] - dy[:, None]           # to: the row of the tap's output pixel
+        d_out = tl.load(taps + (q % (3 * K) * P - dy * W)[:, None] + p[None, :],
+                        real[:, None] & inside[None, :] & (to >= 0) & (to < H), 0.)
+        at_u, mask = r[:, None] * P + p[None, :], live[:, None] & inside[None, :]
+        v = tl.load(u + at_u, mask, 0.).to(tl.float32)
+        before = v * scale[:, None] + shift[:, None]
+        d = tl.where(before > 0, tl.dot(part, d_out, input_precision=PREC).to(of_a.dtype.element_ty), 0.)
+        tl.store(of_a + at_u, d, mask)
+        sum_d += tl.sum(d.to(tl.float32), 1)
+        sum_du += tl.sum(d.to(tl.float32) * (v - center[:, None]), 1)
+        acc = tl.dot(tl.maximum(before, 0.).to(d_out.dtype), tl.trans(d_out), acc, input_precision=PREC)
+    tl.store(of_w + s.to(tl.int64) * whole + at_w, acc, mask_w)
+    if ends_last(rows + s * 2 * R, sum_d, sum_du, r, live, R, count + m, programs):
+        sum_d, sum_du = add_rows(rows, r, live, R, programs)
+        tl.store(of_beta + at, sum_d, live)
+        tl.store(of_gamma + at, rstd * sum_du, live)
+
+
+@kernel("c", "whole", "size")
+def bottleneck_backward(of_a, u, mean2, variance2, gamma2, of_gamma2, of_beta2, x, mean, variance, gamma, beta, w, old,
+                        new, slope, bias, rows, count, of_gamma, of_beta, of_w, c, total, P, per, whole, size,
+                        R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr, PREC: tl.constexpr):
+    """new = old + the gradient of x[:, :c] but for what is affine in x, which slope and bias get. Also of w (M, c, R).
+
+    A program has `size` of the channels, so that its part of w's gradient fits the registers.
+    """
+    s, chunk, m, programs = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    r, ch = tl.arange(0, RP), chunk * size + tl.arange(0, BC)
+    live, there, at2, at, at1 = r < R, ch < tl.minimum(c, (chunk + 1) * size), m * R + r, m * total + ch, m * c + ch
+    center2, rstd2, scale2, _ = normal(mean2 + at2, variance2 + at2, gamma2 + at2, gamma2 + at2, live)
+    flat, tilt = tl.load(of_beta2 + at2, live, 0.) / P, tl.load(of_gamma2 + at2, live, 0.) * rstd2 / P
+    center, rstd, scale, shift = normal(mean + at, variance + at, gamma + at1, beta + at1, there)
+    at_w, mask_w = m * c * R + ch[:, None] * R + r[None, :], there[:, None] & live[None, :]
+    part = tl.load(w + at_w, mask_w, 0.).to(u.dtype.element_ty)
+    u, of_a, x, rows = u + m * R * P, of_a + m * R * P, x + m * total * P, rows + m * programs * 2 * total
+    old, new = old + m * total * P, new + m * total * P
+    sum_d, sum_dx, acc = ch * 0., ch * 0., tl.zeros((BC, RP), tl.float32)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        at_u, mask = r[:, None] * P + p[None, :], live[:, None] & (p < P)[None, :]
+        v = tl.load(u + at_u, mask, 0.).to(tl.float32)
+        of_u = tl.load(of_a + at_u, mask, 0.).to(tl.float32) - flat[:, None] - (v - center2[:, None]) * tilt[:, None]
+        of_u = tl.where((p < P)[None, :], of_u * scale2[:, None], 0.).to(u.dtype.element_ty)
+        at_x, mask = ch[:, None] * P + p[None, :], there[:, None] & (p < P)[None, :]
+        v = tl.load(x + at_x, mask, 0.).to(tl.float32)
+        before = v * scale[:, None] + shift[:, None]
+        d = tl.dot(part, of_u, input_precision=PREC).to(u.dtype.element_ty).to(tl.float32)
+        d = tl.where(before > 0, d, 0.)
+        tl.store(new + at_x, tl.load(old + at_x, mask, 0.).to(tl.float32) + scale[:, None] * d, mask)
+        sum_d += tl.sum(d, 1)
+        sum_dx += tl.sum(d * (v - center[:, None]), 1)
+        acc = tl.dot(tl.maximum(before, 0.).to(of_u.dtype), tl.trans(of_u), acc, input_precision=PREC)
+    tl.store(of_w + s.to(tl.int64) * whole + at_w, acc, mask_w)
+    count += m * tl.num_programs(1) + chunk
+    if ends_last(rows + s * 2 * total, sum_d, sum_dx, ch, there, total, count, programs):
+        sum_d, sum_dx = add_rows(rows, ch, there, total, programs)
+        tl.store(of_beta + at1, sum_d, there)
+        tl.store(of_gamma + at1, rstd * sum_dx, there)
+        lean = -scale * rstd * rstd * sum_dx / P                            # of x - mean
+        tl.store(slope + at, tl.load(slope + at, there, 0.) + lean, there)
+        tl.store(bias + at, tl.load(bias + at, there, 0.) - scale * sum_d / P - lean * center, there)
+
+
+# --- The block ----------------------------------------------------------------------------------
+
+
+class Plan:
+    """Sizes of the launches of a block with features (M, total, P)."""
+
+    def __init__(self, members, size, growth, total):
+        (n, h, w), self.members, self.total = size, members, total
+        if NARROW % w:
+            raise ValueError(f"images {w} pixels wide: a power of two, at most {NARROW}, was expected")
+        self.p, self.chunks = n * h * w, triton.cdiv(total, WIDEST)
+        self.many, self.per = self.ranges(TILE, 1, 1)                       # programs of a member, tiles of a program
+        self.fewer, self.more = self.ranges(NARROW, 1, LEAST)
+        self.few, self.most = self.ranges(NARROW, self.chunks, LEAST)
+        rp, kp, kk = (max(16, triton.next_power_of_2(rows)) for rows in (4 * growth, growth, 9 * growth))
+        dot = {"R": 4 * growth, "RP": rp, "PREC": FP32}
+        self.spread = {"W": w, "K": growth, "KP": kp, "T": TILE}
+        warps = {"num_warps": 8, "maxnreg": 128} if rp > 32 else {"num_warps": 4}
+        self.bottleneck = dot | warps | OPTIONS["bottleneck"] | {"T": TILE, "BC": 64}
+        self.conv = dot | OPTIONS["conv"] | self.spread | {"H": h}
+        self.conv_backward = dot | OPTIONS["conv_backward"] | {"H": h, "W": w, "K": growth, "KK": kk, "T": NARROW}
+        self.bottleneck_backward = dot | OPTIONS["bottleneck_backward"] | {"T": NARROW}
+
+    def ranges(self, tile, share, least):
+        tiles = triton.cdiv(self.p, tile)
+        programs = 1 << (max(1, min(PROGRAMS // share // self.members, tiles // least)).bit_length() - 1)
+        return programs, triton.cdiv(tiles, programs)
+
+    def turn(self, source, target, c, last_in, last_out, x=None, slope=None, bias=None, stats=(None,) * 4):
+        turn[self.many, triton.cdiv(c, 32), self.members](
+            source, target, x, slope, bias, *stats, c, self.total, self.p, self.per, IN=last_in, OUT=last_out,
+            AFFINE=x is not None, STATS=stats[0] is not None, BC=32, T=TILE)
+        return target
+
+
+class DenseBlock(torch.autograd.Function):
+    """fast_densenet.DenseBlock; its gradients are those of training."""
+
+    @staticmethod
+    def forward(ctx, x, size, growth, running, *weights):
+        layers, (members, p, c), empty = len(weights) // 6, x.shape, weights[0].new_empty
+        total, wide, bottlenecks, theirs = c + layers * growth, 4 * growth, [], []
+        plan, features = Plan(members, size, growth, total), x.new_empty(members, total, p)
+        mean, variance = empty(members, total), empty(members, total)
+        rows = empty(members * plan.many * 2 * max(c, wide))
+        counts = torch.zeros(2 * layers + triton.cdiv(c, 32), members, dtype=torch.int32, device=x.device)
+        plan.turn(x.contiguous(), features, c, c, 0, stats=(rows, counts[2 * layers:], mean, variance))
+        for i in range(layers):
+            gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
+            at = running[4 * i:4 * i + 2] if running else (mean, variance)
+            u, found = x.new_empty(members, wide, p), [empty(members, wide), empty(members, wide)]
+            bottleneck[plan.many, members](features, *at, at[0].stride(0), gamma1, beta1, w1, u, rows, counts[2 * i],
+                                           *found, c, total, p, plan.per, **plan.bottleneck)
+            at = running[4 * i + 2:4 * i + 4] if running else found
+            conv[plan.many, members](u, *at, gamma2, beta2, w2, features, rows, counts[2 * i + 1], mean, variance, c,
+                                     total, p, plan.per, **plan.conv)
+            bottlenecks.append(u)
+            theirs += at
+            c += growth
+        out = plan.turn(features, x.new_empty(members, p, total), total, 0, total)
+        ctx.size, ctx.growth, ctx.layers = size, growth, layers
+        ctx.save_for_backward(features, mean, variance, *bottlenecks, *theirs, *weights)
+        ctx.mark_non_differentiable(mean, variance, *theirs)
+        return out, mean, variance, *theirs
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        features, mean, variance, *rest = ctx.saved_tensors
+        layers, growth, (members, total, p), c = ctx.layers, ctx.growth, features.shape, features.shape[1]
+        bottlenecks, theirs, weights = rest[:layers], rest[layers:3 * layers], rest[3 * layers:]
+        plan, empty, new = Plan(members, ctx.size, growth, total), weights[0].new_empty, torch.empty_like(features)
+        planar = g.transpose(1, 2).is_contiguous()          # then it is read as it is, and never written to
+        old = g if planar else plan.turn(g.contiguous(), new, total, total, 0)
+        affine, taps = weights[0].new_zeros(2, members, total), new.new_empty(members, 3 * growth, p)
+        counts = torch.zeros(layers, 1 + plan.chunks, members, dtype=torch.int32, device=g.device)
+        rows, gradients = empty(members * 2 * max(plan.fewer * 4 * growth, plan.few * total)), []
+        end1, end2 = (sum(w.numel() for w in weights[at::6]) for at in (2, 5))
+        of_w1, of_w2 = empty(plan.few, end1), empty(plan.fewer, end2)
+        for i in reversed(range(layers)):
+            c -= growth
+            gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
+            u, at, of_a = bottlenecks[i], theirs[2 * i:2 * i + 2], torch.empty_like(bottlenecks[i])
+            of_gamma1, of_beta1, of_gamma2, of_beta2 = (torch.empty_like(w) for w in (gamma1, beta1, gamma2, beta2))
+            end1, end2, chunks = end1 - w1.numel(), end2 - w2.numel(), triton.cdiv(c, WIDEST)
+            size = triton.cdiv(c, chunks)
+            wide = max(16, triton.next_power_of_2(size))
+            spread[triton.cdiv(p, TILE), members](old, features, *affine, taps, c, total, p, **plan.spread)
+            conv_backward[plan.fewer, members](
+                taps, u, *at, gamma2, beta2, w2, of_a, rows, counts[i], of_gamma2, of_beta2, of_w2[:, end2:], p,
+                plan.more, of_w2.shape[1], **plan.conv_backward)
+            bottleneck_backward[plan.few, chunks, members](
+                of_a, u, *at, gamma2, of_gamma2, of_beta2, features, mean, variance, gamma1, beta1, w1, old, new,
+                *affine, rows, counts[i, 1:], of_gamma1, of_beta1, of_w1[:, end1:], c, total, p, plan.most,
+                of_w1.shape[1], size, BC=wide, num_warps=8 if wide > 64 else 4, **plan.bottleneck_backward)
+            old = new
+            gradients = [of_gamma1, of_beta1, end1, of_gamma2, of_beta2, end2, *gradients]
+        of_w = of_w1.sum(0), of_w2.sum(0)
+        for at in range(2, len(weights), 3):
+            place = gradients[at]
+            gradients[at] = of_w[at % 6 // 5][place:place + weights[at].numel()].view_as(weights[at])
+        return plan.turn(new, g.new_empty(members, p, c), c, 0, c, features, *affine), None, None, None, *gradients
