@@ -1,135 +1,342 @@
 """The DenseNets of an ensemble on CUDA, all members in each kernel. The twin is the loop of common.Ensemble.
 
-A loop over sixteen DenseNets launches 22,800 kernels a step, each on one member's small tensors. Here
+A loop over sixteen DenseNets launches 22,800 kernels a step, each on one member's small tensors. Here activations are
+planar, (M, C, P) with P = N H W pixels: k new channels are k whole rows of a dense block's buffer, without torch.cat,
+and a layer of all members is two Triton kernels forward and three backward.
 
-- activations are (M, P, C), channels last, with P = N H W pixels. A 1x1 convolution is one product per member, all in
-  one kernel. A 3x3 convolution to k channels is one product to 9k columns, one group per tap, and the sum of the nine
-  groups, each shifted by its tap.
-- the features of a dense block stand in one buffer: no torch.cat. A feature map's mean and variance are computed once,
-  when it is made, not again in each later layer, which has only its own scale and shift.
-- the backward pass computes ReLU(batch norm(x)) again. It needs the buffer and the bottlenecks' 4k maps: a tenth of
-  what autograd keeps.
+- A feature map's mean and variance are computed once, when it is made; each later layer has its own scale and shift.
+- The backward pass computes ReLU(batch norm(x)) again, from the buffer and the bottlenecks' 4k maps.
+- Batch norm's backward pass adds bias + slope x to the gradient G of a feature map x. By channel, these add up over the
+  later layers in two tables (M, C), applied once, where G is used. So a layer reads x and G and writes G in one pass,
+  after which its sums are known: it would take two if they had to come first.
+- Sums over pixels: a program writes one row for its pixels, and the one that ends last adds the rows up: no launch, and
+  always the same order. Variances are joined from means and squares about them (Chan), not E[x^2] - E[x]^2.
 
-The functions in "Element-wise" are fused by torch.compile on CUDA. On a CPU the loop is 3 to 10 times faster.
-tests/test_fast.py holds both equal in float64.
+Between the blocks PyTorch's own functions serve. With TRITON_INTERPRET=1 all of it runs on a CPU, where
+tests/test_fast_densenet.py holds it equal to the loop in float64.
 """
 
-import functools
 import itertools
-import os
 
 import torch
+import triton
+import triton.language as tl
+from torch import nn
 from torch.nn import functional as F
 
 BLOCKS = 3
-EPS, MOMENTUM = 1e-5, 0.1           # nn.BatchNorm2d's
-
-# --- Element-wise: what torch.compile fuses -------------------------------------------------------
-
-
-def fused(function):
-    """Compiles a function for CUDA. Each width of a layer is another shape: one kernel serves them all."""
-    compiled = torch.compile(function, dynamic=True)
-
-    @functools.wraps(function)
-    def call(x, *others):
-        return (compiled if x.is_cuda else function)(x, *others)
-    return call
+EPSILON, MOMENTUM = tl.constexpr(1e-5), 0.1         # nn.BatchNorm2d's
+PRECISION = tl.constexpr("tf32x3")      # of products of fp32: as good as fp32
+TILE, NARROW = 128, 64                  # pixels of a tile; in the last two kernels, which hold more rows of each
+PROGRAMS, LEAST, WIDEST = 256, 4, 128   # of a launch, two for each of 132 multiprocessors; least tiles; most channels
+# As compiled for sm_90 in bf16: no kernel spills, and two programs fit a multiprocessor (one of 128 channels). Forward,
+# stages of cp.async would cost many instructions, of which those two kernels have too many for memory's speed as it is.
+OPTIONS = {"bottleneck": {"num_stages": 1}, "conv": {"num_warps": 4, "num_stages": 1},
+           "conv_backward": {"num_warps": 4, "num_stages": 2}, "bottleneck_backward": {"num_stages": 2}}
 
 
-def wide(x):
+def kernel(*changing):
+    """Compiles no variants for the values of these arguments."""
+    return triton.jit(do_not_specialize=[*changing, "per"], do_not_specialize_on_alignment=["count", "of_w"])
+
+
+@triton.jit
+def wide(v):
     """Half precision as fp32; float64 stays."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return v if v.dtype == tl.float64 else v.to(tl.float32)
 
 
-@fused
-def statistics(x):
-    """Mean and biased variance (M, C) of x (M, P, C)."""
-    variance, mean = torch.var_mean(wide(x), 1, correction=0)
-    return mean, variance
+@triton.jit
+def zeros(index, table):
+    """A zero for each index, in the type of a table's values."""
+    return tl.zeros(index.shape, table.dtype.element_ty)
 
 
-def scale_and_shift(mean, variance, gamma, beta):
-    scale = gamma * torch.rsqrt(variance + EPS)
-    return scale, beta - scale * mean
+@triton.jit
+def product(a, b, acc):
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
-@fused
-def norm_relu(x, scale, shift):
-    """relu(batch norm(x)): x (M, P, C), scale and shift (M, C)."""
-    return (wide(x) * scale[:, None] + shift[:, None]).relu().to(x.dtype)
+@triton.jit
+def normal(mean, variance, gamma, beta, live):
+    """Mean, 1 / deviation, scale and shift of the channels that are pointed at; scale and shift are 0 if not live."""
+    mean, rstd = tl.load(mean, live, 0.), tl.rsqrt(tl.load(variance, live, 1.) + EPSILON)
+    scale = tl.load(gamma, live, 0.) * rstd
+    return mean, rstd, scale, tl.load(beta, live, 0.) - scale * mean
 
 
-@fused
-def norm_relu_backward(g, x, mean, variance, scale, shift):
-    """Gradients of norm_relu with respect to x (M, P, C), gamma and beta (M, C)."""
-    x = wide(x)
-    g = wide(g) * (x * scale[:, None] + shift[:, None] > 0)
-    x_hat = (x - mean[:, None]) * torch.rsqrt(variance + EPS)[:, None]
-    of_beta, of_gamma = g.sum(1), (g * x_hat).sum(1)
-    return scale[:, None] * (g - (of_beta[:, None] + x_hat * of_gamma[:, None]) / x.shape[1]), of_gamma, of_beta
+@triton.jit
+def join(v, inside, before, mean, square):
+    """Adds a tile v (R, T) to the mean (R), and the sum of squares about it, of `before` pixels."""
+    here = tl.sum(inside.to(v.dtype), 0)
+    average = tl.sum(tl.where(inside[None, :], v, 0.), 1) / here
+    off = tl.where(inside[None, :], v - average[:, None], 0.)
+    delta, share = average - mean, here / (before + here)
+    return mean + delta * share, square + tl.sum(off * off, 1) + delta * delta * (before * share)
 
 
-@fused
-def sum_taps(z, n, h, w):
-    """z (M, P, 9k), tap-major -> (M, P, k): output pixel (y, x) sums tap (dy, dx) of pixel (y + dy - 1, x + dx - 1)."""
-    members, p, columns = z.shape
-    z = F.pad(z.view(members * n, h, w, columns), (0, 0, 1, 1, 1, 1)).unflatten(3, (9, -1))
-    return sum(wide(z[:, t // 3:t // 3 + h, t % 3:t % 3 + w, t]) for t in range(9)).to(z.dtype).view(members, p, -1)
+@triton.jit
+def ends_last(row, first, second, at, live, width, count, programs):
+    """Writes a row; then, whether all other programs have written theirs. The barrier: so have this one's threads."""
+    tl.store(row + at, first, live)
+    tl.store(row + width + at, second, live)
+    tl.debug_barrier()
+    return tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == programs - 1
 
 
-@fused
-def spread_taps(g, n, h, w):
-    """The transpose of sum_taps: g (M, P, k) -> (M, P, 9k)."""
-    members, p, k = g.shape
-    g = F.pad(g.reshape(members * n, h, w, k), (0, 0, 1, 1, 1, 1))
-    return torch.stack([g[:, 2 - t // 3:2 - t // 3 + h, 2 - t % 3:2 - t % 3 + w] for t in range(9)], 3).view(
-        members, p, 9 * k)
+@triton.jit
+def finish(rows, s, mu, square, at, live, width, count, programs, pixels, P, mean, variance):
+    """Mean and variance of P pixels from those of the programs, of `pixels` each. (.cg: not from the L1 cache.)"""
+    if ends_last(rows + s * 2 * width, mu, square, at, live, width, count, programs):
+        i, before = tl.arange(0, 16), tl.sum(mu * 0., 0)
+        mu, square = mu * 0., square * 0.
+        for first in range(0, programs, 16):
+            n = tl.maximum(tl.minimum(P - (first + i) * pixels, pixels), 0).to(mu.dtype)
+            row, mask = rows + (first + i)[:, None] * 2 * width + at[None, :], (n > 0)[:, None] & live[None, :]
+            means, here = tl.load(row, mask, 0., cache_modifier=".cg"), tl.sum(n, 0)
+            squares, both = tl.load(row + width, mask, 0., cache_modifier=".cg"), tl.maximum(before + here, 1.)
+            average = tl.sum(means * n[:, None], 0) / tl.maximum(here, 1.)
+            off, delta = means - average[None, :], average - mu
+            mu, square = (mu + delta * (here / both),
+                          square + tl.sum(squares + off * off * n[:, None], 0) + delta * delta * (before * here / both))
+            before += here
+        tl.store(mean + at, mu, live)
+        tl.store(variance + at, square / P, live)
 
 
-# --- The layers ----------------------------------------------------------------------------------
+@triton.jit
+def add_rows(rows, at, live, width, programs):
+    i, first_sum, second_sum = tl.arange(0, 16), zeros(at, rows), zeros(at, rows)
+    for first in range(0, programs, 16):
+        row = rows + (first + i)[:, None] * 2 * width + at[None, :]
+        mask = (first + i < programs)[:, None] & live[None, :]
+        first_sum += tl.sum(tl.load(row, mask, 0., cache_modifier=".cg"), 0)
+        second_sum += tl.sum(tl.load(row + width, mask, 0., cache_modifier=".cg"), 0)
+    return first_sum, second_sum
 
 
-class NormRelu(torch.autograd.Function):
-    """relu(batch norm(x)) of x (M, P, C) with statistics (M, C) that are known; gamma and beta (M, C)."""
+# --- Kernels. Program (s, chunk of channels, m): member m's tiles of T pixels from s * per, `per` of them --
 
-    @staticmethod
-    def forward(ctx, x, mean, variance, gamma, beta):
-        scale, shift = scale_and_shift(mean, variance, gamma, beta)
-        ctx.save_for_backward(x, mean, variance, scale, shift)
-        return norm_relu(x, scale, shift)
 
-    @staticmethod
-    def backward(ctx, g):
-        of_x, of_gamma, of_beta = norm_relu_backward(g, *ctx.saved_tensors)
-        return of_x.to(g.dtype), None, None, of_gamma, of_beta
+@kernel("c", "stride")
+def bottleneck(x, mean, variance, stride, gamma, beta, w, u, rows, count, new_mean, new_variance, c, total, P, per,
+               R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr):
+    """u (M, R, P) = w^T relu(norm(x[:, :c])), and its mean and variance (M, R): x (M, total, P), w (M, c, R).
+
+    Those of x are (M, stride). RP: R made a power of two.
+    """
+    s, m, programs, r = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0), tl.arange(0, RP)
+    live, mu, square = r < R, zeros(r, gamma), zeros(r, gamma)
+    x, u, w = x + m * total * P, u + m * R * P, w + m * c * R
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        inside, acc = p < P, tl.zeros((RP, T), gamma.dtype.element_ty)
+        for first in range(0, c, BC):
+            ch = first + tl.arange(0, BC)
+            there, at, at_c = ch < c, m * stride + ch, m * c + ch
+            _, _, scale, shift = normal(mean + at, variance + at, gamma + at_c, beta + at_c, there)
+            v = tl.load(x + ch[:, None] * P + p[None, :], there[:, None] & inside[None, :], 0.)
+            a = tl.maximum(wide(v) * scale[:, None] + shift[:, None], 0.).to(v.dtype)
+            part = tl.load(w + ch[:, None] * R + r[None, :], there[:, None] & live[None, :], 0.).to(v.dtype)
+            acc = product(tl.trans(part), a, acc)
+        out = acc.to(u.dtype.element_ty)
+        tl.store(u + r[:, None] * P + p[None, :], out, live[:, None] & inside[None, :])
+        mu, square = join(wide(out), inside, (tile - s * per) * T, mu, square)     # those of what is stored
+    finish(rows + m * programs * 2 * R, s, mu, square, r, live, R, count + m, programs, per * T, P,
+           new_mean + m * R, new_variance + m * R)
+
+
+@kernel("c")
+def conv(u, mean, variance, gamma, beta, w, x, rows, count, all_mean, all_variance, c, total, P, per, H: tl.constexpr,
+         W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):
+    """x[:, c:c + K] = the 3x3 convolution of relu(norm(u)), w (M, R, 9 K), and its statistics, at c of (M, total).
+
+    A tile is whole rows of images. A row of taps reads u that many rows off; the taps of a column have a sum of their
+    own, and two of the three sums are moved by a pixel at the end: u is read and normed three times, not nine.
+    """
+    s, m, programs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    r, j, i = tl.arange(0, RP), tl.arange(0, KP), tl.arange(0, T)
+    live, new, at = r < R, j < K, m * R + r
+    _, _, scale, shift = normal(mean + at, variance + at, gamma + at, beta + at, live)
+    mask, mu, square = new[:, None] & live[None, :], zeros(j, gamma), zeros(j, gamma)
+    none = tl.zeros((KP, T), gamma.dtype.element_ty)
+    u, x, w = u + m * R * P, x + m * total * P + c * P, w + m * R * 9 * K + r[None, :] * (9 * K) + j[:, None]
+    from_left = tl.broadcast_to(tl.maximum(i - 1, 0)[None, :], KP, T)
+    from_right = tl.broadcast_to(tl.minimum(i + 1, T - 1)[None, :], KP, T)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + i
+        inside, row, column, left, middle, right = p < P, (p // W) % H, p % W, none, none, none
+        for dy in range(3):             # not unrolled: nine tiles of w would not fit the registers
+            there = inside & (row + dy >= 1) & (row + dy <= H)
+            v = tl.load(u + r[:, None] * P + (p + (dy - 1) * W)[None, :], live[:, None] & there[None, :], 0.)
+            a = tl.maximum(wide(v) * scale[:, None] + shift[:, None], 0.)
+            a = tl.where(there[None, :], a, 0.).to(v.dtype)         # the padding is of relu(norm(u)): not relu(shift)
+            left = product(tl.load(w + dy * 3 * K, mask, 0.).to(v.dtype), a, left)
+            middle = product(tl.load(w + dy * 3 * K + K, mask, 0.).to(v.dtype), a, middle)
+            right = product(tl.load(w + dy * 3 * K + 2 * K, mask, 0.).to(v.dtype), a, right)
+        middle += tl.where((column > 0)[None, :], tl.gather(left, from_left, 1), 0.)
+        middle += tl.where((column < W - 1)[None, :], tl.gather(right, from_right, 1), 0.)
+        out = middle.to(x.dtype.element_ty)
+        tl.store(x + j[:, None] * P + p[None, :], out, new[:, None] & inside[None, :])
+        mu, square = join(wide(out), inside, (tile - s * per) * T, mu, square)
+    finish(rows + m * programs * 2 * K, s, mu, square, j, new, K, count + m, programs, per * T, P,
+           all_mean + m * total + c, all_variance + m * total + c)
+
+
+@triton.jit(do_not_specialize=["c"])
+def spread(g, x, slope, bias, taps, c, total, P, W: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):
+    """taps (M, 3 K, P): the gradient of x[:, c:c + K], g + bias + slope x, moved by -1, 0 and 1 pixels in its row.
+
+    Three copies, so that what conv_backward reads three times is aligned. (They mostly stay in the L2 cache.)
+    """
+    m, j, p = tl.program_id(1).to(tl.int64), tl.arange(0, KP), tl.program_id(0) * T + tl.arange(0, T)
+    new, at = j < K, m * total + c + j
+    add, times = tl.load(bias + at, new, 0.)[:, None], tl.load(slope + at, new, 0.)[:, None]
+    g, x, taps = g + (m * total + c) * P, x + (m * total + c) * P, taps + m * 3 * K * P
+    for dx in tl.static_range(3):
+        column, of = p % W + 1 - dx, j[:, None] * P + (p + 1 - dx)[None, :]
+        mask = new[:, None] & ((p < P) & (column >= 0) & (column < W))[None, :]
+        v = wide(tl.load(g + of, mask, 0.)) + add + times * wide(tl.load(x + of, mask, 0.))
+        at = (dx * K + j)[:, None] * P + p[None, :]
+        tl.store(taps + at, tl.where(mask, v, 0.), new[:, None] & (p < P)[None, :])
+
+
+@kernel("whole")
+def conv_backward(taps, u, mean, variance, gamma, beta, w, of_a, rows, count, of_gamma, of_beta, of_w, P, per, whole,
+                  H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr,
+                  KK: tl.constexpr, T: tl.constexpr):
+    """of_a (M, R, P): the gradient of norm(u), from `taps` of spread. Also those of w (M, R, 9 K), gamma and beta.
+
+    Nine taps in one product: row q of its operand is (tap, channel), as a column of w, so that 9 K is made a power of
+    two, KK, and not each K 16. of_w: one row of `whole` numbers per s.
+    """
+    s, m, programs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    r, q = tl.arange(0, RP), tl.arange(0, KK)
+    live, real, dy, at = r < R, q < 9 * K, q // (3 * K) - 1, m * R + r
+    center, rstd, scale, shift = normal(mean + at, variance + at, gamma + at, beta + at, live)
+    at_w, mask_w = m * R * 9 * K + r[:, None] * (9 * K) + q[None, :], live[:, None] & real[None, :]
+    part = tl.load(w + at_w, mask_w, 0.).to(u.dtype.element_ty)
+    u, of_a, taps, rows = u + m * R * P, of_a + m * R * P, taps + m * 3 * K * P, rows + m * programs * 2 * R
+    sum_d, sum_du, acc = zeros(r, gamma), zeros(r, gamma), tl.zeros((RP, KK), gamma.dtype.element_ty)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        inside, to = p < P, ((p // W) % H)[None, :] - dy[:, None]           # to: the row of the tap's output pixel
+        d_out = tl.load(taps + (q % (3 * K) * P - dy * W)[:, None] + p[None, :],
+                        real[:, None] & inside[None, :] & (to >= 0) & (to < H), 0.)
+        at_u, mask = r[:, None] * P + p[None, :], live[:, None] & inside[None, :]
+        v = wide(tl.load(u + at_u, mask, 0.))
+        before = v * scale[:, None] + shift[:, None]
+        d = product(part, d_out, tl.zeros((RP, T), gamma.dtype.element_ty)).to(of_a.dtype.element_ty)
+        d = tl.where(before > 0, d, 0.)
+        tl.store(of_a + at_u, d, mask)
+        sum_d += tl.sum(wide(d), 1)
+        sum_du += tl.sum(wide(d) * (v - center[:, None]), 1)
+        acc = product(tl.maximum(before, 0.).to(d_out.dtype), tl.trans(d_out), acc)
+    tl.store(of_w + s.to(tl.int64) * whole + at_w, acc, mask_w)
+    if ends_last(rows + s * 2 * R, sum_d, sum_du, r, live, R, count + m, programs):
+        sum_d, sum_du = add_rows(rows, r, live, R, programs)
+        tl.store(of_beta + at, sum_d, live)
+        tl.store(of_gamma + at, rstd * sum_du, live)
+
+
+@kernel("c", "whole", "size")
+def bottleneck_backward(of_a, u, mean2, variance2, gamma2, of_gamma2, of_beta2, x, mean, variance, gamma, beta, w, old,
+                        new, slope, bias, rows, count, of_gamma, of_beta, of_w, c, total, P, per, whole, size,
+                        R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr):
+    """new = old + the gradient of x[:, :c] but for what is affine in x, which slope and bias get. Also of w (M, c, R).
+
+    A program has `size` of the channels, so that its part of w's gradient fits the registers.
+    """
+    s, chunk, m, programs = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    r, ch = tl.arange(0, RP), chunk * size + tl.arange(0, BC)
+    live, there, at2, at, at1 = r < R, ch < tl.minimum(c, (chunk + 1) * size), m * R + r, m * total + ch, m * c + ch
+    center2, rstd2, scale2, _ = normal(mean2 + at2, variance2 + at2, gamma2 + at2, gamma2 + at2, live)
+    flat, tilt = tl.load(of_beta2 + at2, live, 0.) / P, tl.load(of_gamma2 + at2, live, 0.) * rstd2 / P
+    center, rstd, scale, shift = normal(mean + at, variance + at, gamma + at1, beta + at1, there)
+    at_w, mask_w = m * c * R + ch[:, None] * R + r[None, :], there[:, None] & live[None, :]
+    part = tl.load(w + at_w, mask_w, 0.).to(u.dtype.element_ty)
+    u, of_a, x, rows = u + m * R * P, of_a + m * R * P, x + m * total * P, rows + m * programs * 2 * total
+    old, new = old + m * total * P, new + m * total * P
+    sum_d, sum_dx, acc = zeros(ch, gamma), zeros(ch, gamma), tl.zeros((BC, RP), gamma.dtype.element_ty)
+    for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
+        p = tile * T + tl.arange(0, T)
+        at_u, mask = r[:, None] * P + p[None, :], live[:, None] & (p < P)[None, :]
+        v = wide(tl.load(u + at_u, mask, 0.))
+        of_u = wide(tl.load(of_a + at_u, mask, 0.)) - flat[:, None] - (v - center2[:, None]) * tilt[:, None]
+        of_u = tl.where((p < P)[None, :], of_u * scale2[:, None], 0.).to(u.dtype.element_ty)
+        at_x, mask = ch[:, None] * P + p[None, :], there[:, None] & (p < P)[None, :]
+        v = wide(tl.load(x + at_x, mask, 0.))
+        before = v * scale[:, None] + shift[:, None]
+        d = wide(product(part, of_u, tl.zeros((BC, T), gamma.dtype.element_ty)).to(u.dtype.element_ty))
+        d = tl.where(before > 0, d, 0.)
+        tl.store(new + at_x, wide(tl.load(old + at_x, mask, 0.)) + scale[:, None] * d, mask)
+        sum_d += tl.sum(d, 1)
+        sum_dx += tl.sum(d * (v - center[:, None]), 1)
+        acc = product(tl.maximum(before, 0.).to(of_u.dtype), tl.trans(of_u), acc)
+    tl.store(of_w + s.to(tl.int64) * whole + at_w, acc, mask_w)
+    count += m * tl.num_programs(1) + chunk
+    if ends_last(rows + s * 2 * total, sum_d, sum_dx, ch, there, total, count, programs):
+        sum_d, sum_dx = add_rows(rows, ch, there, total, programs)
+        tl.store(of_beta + at1, sum_d, there)
+        tl.store(of_gamma + at1, rstd * sum_dx, there)
+        lean = -scale * rstd * rstd * sum_dx / P                            # of x - mean
+        tl.store(slope + at, tl.load(slope + at, there, 0.) + lean, there)
+        tl.store(bias + at, tl.load(bias + at, there, 0.) - scale * sum_d / P - lean * center, there)
+
+
+# --- A dense block -------------------------------------------------------------------------------
+
+
+class Plan:
+    """Sizes of the launches of a block with features (M, total, P)."""
+
+    def __init__(self, members, size, growth, total):
+        (n, h, w), self.members, self.total = size, members, total
+        self.p, self.chunks = n * h * w, triton.cdiv(total, WIDEST)
+        self.many, self.per = self.ranges(TILE, 1, 1)                       # programs of a member, tiles of a program
+        self.fewer, self.more = self.ranges(NARROW, 1, LEAST)
+        self.few, self.most = self.ranges(NARROW, self.chunks, LEAST)
+        rp, kp, kk = (max(16, triton.next_power_of_2(rows)) for rows in (4 * growth, growth, 9 * growth))
+        dot = {"R": 4 * growth, "RP": rp}
+        self.spread = {"W": w, "K": growth, "KP": kp, "T": TILE}
+        warps = {"num_warps": 8, "maxnreg": 128} if rp > 32 else {"num_warps": 4}
+        self.bottleneck = dot | warps | OPTIONS["bottleneck"] | {"T": TILE, "BC": 64}
+        self.conv = dot | OPTIONS["conv"] | self.spread | {"H": h}
+        self.conv_backward = dot | OPTIONS["conv_backward"] | {"H": h, "W": w, "K": growth, "KK": kk, "T": NARROW}
+        self.bottleneck_backward = dot | OPTIONS["bottleneck_backward"] | {"T": NARROW}
+
+    def ranges(self, tile, share, least):
+        tiles = triton.cdiv(self.p, tile)
+        programs = 1 << (max(1, min(PROGRAMS // share // self.members, tiles // least)).bit_length() - 1)
+        return programs, triton.cdiv(tiles, programs)
 
 
 class DenseBlock(torch.autograd.Function):
-    """x (M, P, C0) -> all features (M, P, C0 + layers k), and their statistics (M, C) and the bottlenecks' (M, 4k).
+    """x (M, C0, P) -> all features (M, C, P), their mean and variance (M, C), and the bottlenecks' (M, 4k), by layer.
 
-    weights: for each layer gamma, beta (M, c), w (M, c, 4k), gamma, beta (M, 4k), w (M, 4k, 9k). running: None, or in
-    evaluation for each layer mean, variance (M, c), mean, variance (M, 4k).
+    C = C0 + layers k. weights: for each layer gamma, beta (M, c), w (M, c, 4k), gamma, beta (M, 4k), w (M, 4k, 9k).
+    running: None, or in evaluation for each norm its mean and variance, (M, c) and (M, 4k) by turns.
     """
 
     @staticmethod
     def forward(ctx, x, size, growth, running, *weights):
-        layers, c = len(weights) // 6, x.shape[2]
-        features = x.new_empty(*x.shape[:2], c + layers * growth)
-        features[:, :, :c] = x
-        mean = weights[0].new_empty(len(x), features.shape[2])
-        variance = torch.empty_like(mean)
-        mean[:, :c], variance[:, :c] = statistics(x)
-        bottlenecks, theirs = [], []
+        layers, (members, c, p), empty = len(weights) // 6, x.shape, weights[0].new_empty
+        total, bottlenecks, theirs = c + layers * growth, [], []
+        plan, features = Plan(members, size, growth, total), x.new_empty(members, total, p)
+        mean, variance = empty(members, total), empty(members, total)
+        features[:, :c] = x
+        variance[:, :c], mean[:, :c] = torch.var_mean(x.to(mean.dtype), 2, correction=0)
+        rows = empty(members * plan.many * 2 * 4 * growth)
+        counts = torch.zeros(2 * layers, members, dtype=torch.int32, device=x.device)
         for i in range(layers):
             gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
-            at = running[4 * i:4 * i + 2] if running else (mean[:, :c], variance[:, :c])
-            u = norm_relu(features[:, :, :c], *scale_and_shift(*at, gamma1, beta1)) @ w1.to(x.dtype)
-            at = running[4 * i + 2:4 * i + 4] if running else statistics(u)
-            z = norm_relu(u, *scale_and_shift(*at, gamma2, beta2)) @ w2.to(x.dtype)
-            new = sum_taps(z, *size)
-            features[:, :, c:c + growth] = new
-            mean[:, c:c + growth], variance[:, c:c + growth] = statistics(new)
+            at = running[2 * i] if running else (mean, variance)
+            u, *found = x.new_empty(members, 4 * growth, p), *empty(2, members, 4 * growth)
+            bottleneck[plan.many, members](features, *at, at[0].stride(0), gamma1, beta1, w1, u, rows, counts[2 * i],
+                                           *found, c, total, p, plan.per, **plan.bottleneck)
+            at = running[2 * i + 1] if running else found
+            conv[plan.many, members](u, *at, gamma2, beta2, w2, features, rows, counts[2 * i + 1], mean, variance, c,
+                                     total, p, plan.per, **plan.conv)
             bottlenecks.append(u)
             theirs += at
             c += growth
@@ -141,40 +348,47 @@ class DenseBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         features, mean, variance, *rest = ctx.saved_tensors
-        layers = ctx.layers
+        layers, growth, (members, total, p), c = ctx.layers, ctx.growth, features.shape, features.shape[1]
         bottlenecks, theirs, weights = rest[:layers], rest[layers:3 * layers], rest[3 * layers:]
-        g, gradients, c = g.clone(), [None] * len(weights), features.shape[2]
+        plan, empty = Plan(members, ctx.size, growth, total), weights[0].new_empty
+        old, new = g.contiguous(), torch.empty_like(features)       # (the first `old` is not ours to write to)
+        affine, taps = weights[0].new_zeros(2, members, total), new.new_empty(members, 3 * growth, p)
+        counts = torch.zeros(layers, 1 + plan.chunks, members, dtype=torch.int32, device=g.device)
+        rows, gradients = empty(members * 2 * max(plan.fewer * 4 * growth, plan.few * total)), []
+        end1, end2 = (sum(w.numel() for w in weights[at::6]) for at in (2, 5))
+        of_w1, of_w2 = empty(plan.few, end1), empty(plan.fewer, end2)
         for i in reversed(range(layers)):
-            c -= ctx.growth
+            c -= growth
             gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
-            u, at = bottlenecks[i], theirs[2 * i:2 * i + 2]
-            scale, shift = scale_and_shift(*at, gamma2, beta2)
-            of_z = spread_taps(g[:, :, c:c + ctx.growth], *ctx.size)
-            of_w2 = norm_relu(u, scale, shift).transpose(1, 2) @ of_z
-            of_u, of_gamma2, of_beta2 = norm_relu_backward(of_z @ w2.to(g.dtype).transpose(1, 2), u, *at, scale, shift)
-            of_u, x, at = of_u.to(g.dtype), features[:, :, :c], (mean[:, :c], variance[:, :c])
-            scale, shift = scale_and_shift(*at, gamma1, beta1)
-            of_w1 = norm_relu(x, scale, shift).transpose(1, 2) @ of_u
-            of_x, of_gamma1, of_beta1 = norm_relu_backward(of_u @ w1.to(g.dtype).transpose(1, 2), x, *at, scale, shift)
-            g[:, :, :c] += of_x.to(g.dtype)
-            gradients[6 * i:6 * i + 6] = (of_gamma1, of_beta1, of_w1.to(w1.dtype),
-                                          of_gamma2, of_beta2, of_w2.to(w2.dtype))
-        return g[:, :, :c].contiguous(), None, None, None, *gradients
-
-
-def dense_block():
-    """The form of the dense block that runs: DENSE_BLOCK=triton in the environment asks for the one in Triton."""
-    if os.environ.get("DENSE_BLOCK") == "triton":
-        import fast_densenet_triton
-        return fast_densenet_triton.DenseBlock
-    return DenseBlock
+            u, at, of_a = bottlenecks[i], theirs[2 * i:2 * i + 2], torch.empty_like(bottlenecks[i])
+            of_gamma1, of_beta1, of_gamma2, of_beta2 = (torch.empty_like(w) for w in (gamma1, beta1, gamma2, beta2))
+            end1, end2, chunks = end1 - w1.numel(), end2 - w2.numel(), triton.cdiv(c, WIDEST)
+            size = triton.cdiv(c, chunks)
+            wide = max(16, triton.next_power_of_2(size))
+            spread[triton.cdiv(p, TILE), members](old, features, *affine, taps, c, total, p, **plan.spread)
+            conv_backward[plan.fewer, members](
+                taps, u, *at, gamma2, beta2, w2, of_a, rows, counts[i], of_gamma2, of_beta2, of_w2[:, end2:], p,
+                plan.more, of_w2.shape[1], **plan.conv_backward)
+            bottleneck_backward[plan.few, chunks, members](
+                of_a, u, *at, gamma2, of_gamma2, of_beta2, features, mean, variance, gamma1, beta1, w1, old, new,
+                *affine, rows, counts[i, 1:], of_gamma1, of_beta1, of_w1[:, end1:], c, total, p, plan.most,
+                of_w1.shape[1], size, BC=wide, num_warps=8 if wide > 64 else 4, **plan.bottleneck_backward)
+            old = new
+            gradients = [of_gamma1, of_beta1, end1, of_gamma2, of_beta2, end2, *gradients]
+        of_w = of_w1.sum(0), of_w2.sum(0)
+        for at in range(2, len(weights), 3):
+            place = gradients[at]
+            gradients[at] = of_w[at % 6 // 5][place:place + weights[at].numel()].view_as(weights[at])
+        slope, bias = affine[:, :, :c, None]
+        of_x = new[:, :c] + bias + slope * features[:, :c]
+        return of_x.to(g.dtype), None, None, None, *gradients
 
 
 # --- All members ---------------------------------------------------------------------------------
 
 
 class Joined(torch.autograd.Function):
-    """Stacked tensors (M, ...) of the members' parameters, which are views of them: nothing is copied either way."""
+    """Stacked tensors (M, ...) of the members' parameters, which are views of them. Hardly a gradient is copied."""
 
     @staticmethod
     def forward(ctx, stacks, views, *parameters):
@@ -186,26 +400,12 @@ class Joined(torch.autograd.Function):
         return None, None, *(view(part) for view, g in zip(ctx.views, gradients, strict=True) for part in g.unbind())
 
 
-def same(tensor):
-    return tensor
-
-
-def matrix(w):
-    """The weights (C, c, 1, 1) of a 1x1 convolution, or (C, c) of a linear layer, as a matrix (c, C)."""
-    return w.flatten(1).T
-
-
-def columns(w):
-    """The weights (k, c, 3, 3) of a convolution as a matrix (c, 9k), tap-major."""
-    return w.permute(1, 2, 3, 0).flatten(1)
-
-
-def as_convolution_1x1(matrix):
-    return matrix.T[:, :, None, None]
-
-
-def as_convolution_3x3(matrix):
-    return matrix.unflatten(1, (3, 3, -1)).permute(3, 0, 1, 2)
+# How a parameter stands in the stack of all members', and the way back to the member's view.
+AS_IT_IS = (lambda w: w, lambda part: part)
+LINEAR = (lambda w: w.T, lambda part: part.T)                                           # (K, c) <-> (c, K)
+ONE_BY_ONE = (lambda w: w.flatten(1).T, lambda part: part.T[:, :, None, None])          # (C, c, 1, 1) <-> (c, C)
+THREE_BY_THREE = (lambda w: w.permute(1, 2, 3, 0).flatten(1),                           # (k, c, 3, 3) <-> (c, 9k)
+                  lambda part: part.unflatten(1, (3, 3, -1)).permute(3, 0, 1, 2))
 
 
 class DenseNets:
@@ -216,29 +416,26 @@ class DenseNets:
     """
 
     def __init__(self, members, bf16):
-        self.members, self.count, self.bf16 = members, len(members), bf16
+        self.members, self.bf16 = members, bf16
         self.parameters, self.stacks, self.views, self.means, self.variances = [], [], [], [], []
-        self.layers = sum(isinstance(part, torch.nn.BatchNorm2d) for part in members[0].modules()) // 6
-        self.stack([network[0].weight for network in members], same, same)
-        at = 1
-        for block in range(BLOCKS):
-            for _ in range(self.layers):
-                bn1, _, conv1, bn2, _, conv2 = zip(*(network[at].layers for network in members), strict=True)
-                self.stack_norm(bn1)
-                self.stack([conv.weight for conv in conv1], matrix, as_convolution_1x1)
-                self.stack_norm(bn2)
-                self.stack([conv.weight for conv in conv2], columns, as_convolution_3x3)
-                at += 1
-            self.stack_norm([network[at] for network in members])
-            if block < BLOCKS - 1:
-                self.stack([network[at + 2].weight for network in members], matrix, as_convolution_1x1)
-                at += 4
-        self.stack([network[-1].weight for network in members], matrix, matrix)
-        self.stack([network[-1].bias for network in members], same, same)
-        self.growth = conv2[0].out_channels
+        for parts in zip(*(network.modules() for network in members), strict=True):       # in the order of their use
+            kind, weights = parts[0], [getattr(part, "weight", None) for part in parts]
+            if isinstance(kind, nn.BatchNorm2d):
+                self.stack_norm(parts)
+            elif isinstance(kind, nn.Linear):
+                self.stack(weights, *LINEAR)
+                self.stack([part.bias for part in parts], *AS_IT_IS)
+            elif isinstance(kind, nn.Conv2d) and kind.kernel_size == (1, 1):
+                self.stack(weights, *ONE_BY_ONE)
+            elif isinstance(kind, nn.Conv2d) and not self.stacks:       # the first convolution
+                self.stack(weights, *AS_IT_IS)
+            elif isinstance(kind, nn.Conv2d):
+                self.stack(weights, *THREE_BY_THREE)
+                self.growth = kind.out_channels
+        self.layers = len(self.means) // 6          # of a block: three blocks of two norms each, and one after a block
 
     def stack(self, parameters, to, back):
-        """Makes the parameters back(view) of one tensor of all to(parameter)."""
+        """Makes the parameters back(part) of one tensor of all to(parameter)."""
         stacked = torch.stack([to(p.detach()) for p in parameters])
         for p, part in zip(parameters, stacked, strict=True):
             p.data = back(part)
@@ -247,54 +444,47 @@ class DenseNets:
         self.views.append(back)
 
     def stack_norm(self, norms):
-        self.stack([norm.weight for norm in norms], same, same)
-        self.stack([norm.bias for norm in norms], same, same)
+        self.stack([norm.weight for norm in norms], *AS_IT_IS)
+        self.stack([norm.bias for norm in norms], *AS_IT_IS)
         for name, stacks in (("running_mean", self.means), ("running_var", self.variances)):
             stacks.append(torch.stack([getattr(norm, name) for norm in norms]))
             for norm, part in zip(norms, stacks[-1], strict=True):
                 setattr(norm, name, part)
 
-    def running(self, first, count):
-        return [each for pair in zip(self.means[first:first + count], self.variances[first:first + count], strict=True)
-                for each in pair]
-
     @torch.no_grad()
-    def track(self, first, found, p):
-        """Moves the running statistics towards those found, of p values (the variance unbiased)."""
-        running = self.running(first, len(found) // 2)
-        torch._foreach_lerp_(running[::2], list(found[::2]), MOMENTUM)
-        torch._foreach_lerp_(running[1::2], [v * (p / (p - 1)) for v in found[1::2]], MOMENTUM)
+    def track(self, first, mean, variance, *theirs, pixels):
+        """Moves a block's running statistics towards those of a batch (the variance unbiased)."""
+        for running, table, own, factor in ((self.means, mean, theirs[::2], 1),
+                                            (self.variances, variance, theirs[1::2], pixels / (pixels - 1))):
+            running = running[first:first + 2 * self.layers]
+            found = [part for i, each in enumerate(own) for part in (table[:, :running[2 * i].shape[1]], each)]
+            torch._foreach_lerp_(running, torch._foreach_mul(found, factor), MOMENTUM)
 
     def stem(self, images, w):
-        """The first convolution: images (N, C, H, W), one product for all, or (N, M, C, H, W) -> (M, P, C)."""
+        """The first convolution: images (N, C, H, W), one product for all, or (N, M, C, H, W) -> (M, 2k, P)."""
         own = images.dim() == 5
         x = F.conv2d(images.flatten(1, 2) if own else images, w.flatten(0, 1).to(images.dtype), padding=1,
-                     groups=self.count if own else 1)
-        return x.unflatten(1, (self.count, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+                     groups=len(self.members) if own else 1)
+        return x.unflatten(1, (len(self.members), -1)).movedim(0, 2).flatten(2)
 
     def __call__(self, images):
         training, dtype = self.members.training, torch.bfloat16 if self.bf16 else images.dtype
         weights = iter(Joined.apply(self.stacks, self.views, *self.parameters))
-        n, (h, w), norm, count = len(images), images.shape[-2:], 0, 2 * self.layers
-        x = self.stem(images.to(dtype), next(weights)).contiguous()
+        n, (h, w), norm = len(images), images.shape[-2:], 0
+        x = self.stem(images.to(dtype), next(weights))
         for block in range(BLOCKS):
-            of_block = list(itertools.islice(weights, 6 * self.layers))
-            x, mean, variance, *theirs = dense_block().apply(
-                x, (n, h, w), self.growth, None if training else self.running(norm, count), *of_block)
+            after, pixels = norm + 2 * self.layers, n * h * w
+            running = None if training else list(zip(self.means[norm:after], self.variances[norm:after], strict=True))
+            x, *statistics = DenseBlock.apply(x, (n, h, w), self.growth, running,
+                                              *itertools.islice(weights, 6 * self.layers))
             if training:
-                found = []
-                for i in range(self.layers):
-                    c = of_block[6 * i].shape[1]
-                    found += mean[:, :c], variance[:, :c], *theirs[2 * i:2 * i + 2]
-                self.track(norm, [*found, mean, variance], n * h * w)
-            else:
-                mean, variance = self.running(norm + count, 1)
-            norm += count + 1
-            x = NormRelu.apply(x, mean, variance, next(weights), next(weights))
+                self.track(norm, *statistics, pixels=pixels)
+            x = F.batch_norm(x.view(1, -1, pixels), self.means[after].view(-1), self.variances[after].view(-1),
+                             next(weights).flatten(), next(weights).flatten(), training, MOMENTUM, EPSILON.value).relu()
+            norm = after + 1
             if block < BLOCKS - 1:          # the mean of 2x2 pixels commutes with a 1x1 convolution
-                x = x.view(self.count, n, h // 2, 2, w // 2, 2, -1).mean((3, 5), dtype=wide(x).dtype).to(dtype)
-                h, w = h // 2, w // 2
-                x = x.view(self.count, n * h * w, -1) @ next(weights).to(dtype)
+                x, h, w = F.avg_pool2d(x.view(-1, n, h, w), 2), h // 2, w // 2
+                x = next(weights).to(dtype).transpose(1, 2) @ x.view(len(self.members), -1, n * h * w)
         head, bias = weights
-        x = wide(x).view(self.count, n, h * w, -1).mean(2)
+        x = x.view(len(self.members), -1, n, h * w).mean(3, dtype=head.dtype).transpose(1, 2)   # (M, N, C)
         return torch.baddbmm(bias[:, None], x, head).transpose(0, 1)

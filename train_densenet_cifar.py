@@ -13,7 +13,6 @@ Table 2 and the DenseNets of Figure 6 are made from these runs, Tables 1 and 3 f
 
 import study
 from common import Ensemble, Refused
-from fast_densenet import DenseNets
 
 import torch
 from torch import nn
@@ -62,6 +61,12 @@ def densenet_bc(depth, growth, channels, classes):
     return network
 
 
+def at_once(members, bf16):
+    """The members as one on CUDA: images -> member logits."""
+    from fast_densenet import DenseNets  # needs Triton, which torch brings where it can use a GPU
+    return DenseNets(members, bf16)
+
+
 def build(settings, shape, classes, generator):
     if settings["depth"] < 10 or settings["depth"] % 6 != 4:
         raise Refused(f"depth {settings['depth']}: a DenseNet-BC has a depth of 6n + 4 with n of at least 1 (10, 16, "
@@ -69,8 +74,11 @@ def build(settings, shape, classes, generator):
     if min(shape[1:]) < 4:
         raise Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a DenseNet, which halves them twice: "
                       "at least 4x4 were expected")
+    # All members in each kernel: on an H100 a step takes less than half the time (docs/costs.md). What is not measured,
+    # other precisions, wider networks, other images, takes the loop.
+    measured = settings["precision"] == "bf16" and settings["growth"] <= 12 and shape[1:] == (32, 32)
     return Ensemble(lambda: densenet_bc(settings["depth"], settings["growth"], shape[0], classes),
-                    settings["members"], generator, settings["precision"], at_once=DenseNets)
+                    settings["members"], generator, settings["precision"], at_once if measured else None)
 
 
 # --- The runs ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 # Here and in children: bitwise promises are of the CPU, and tests at once share the cores. test_gpu.py sees the GPUs.
 os.environ.setdefault("GPUS_FOR_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TRITON_INTERPRET"] = "1"          # Triton's kernels run on a CPU, too
 os.environ.pop("PYTHONUNBUFFERED", None)      # output waits in a buffer, as it does for users
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))

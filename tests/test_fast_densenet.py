@@ -1,59 +1,86 @@
-"""All DenseNets in each kernel (fast_densenet.py) against the loop over the members, in float64 on a CPU."""
+"""All DenseNets in each kernel (fast_densenet.py) against the loop over the members, in float64.
 
-import os
-import subprocess
-import sys
+The Triton kernels are interpreted on a CPU: conftest.py says so, before anything imports Triton.
+"""
 
-import study
-import fast_densenet
 from common import Ensemble, joint_loss
+from fast_densenet import DenseNets
 from train_densenet_cifar import densenet_bc
 
 import pytest
 import torch
+import triton.runtime.interpreter as interpreter
+
+of_tensor = interpreter._patch_lang_tensor
 
 
-def ensemble(depth=16, growth=6, members=3):
+def with_index(tensor, scope):      # numpy 2.4 makes no int of an array of one number, as Triton 3.6 asks for
+    of_tensor(tensor, scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """What torch.empty makes is filled with nan."""
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ensemble(growth=6, members=3):
     generator = torch.Generator().manual_seed(1)
-    return Ensemble(lambda: densenet_bc(depth, growth, 3, 10), members, generator).double()
+    return Ensemble(lambda: densenet_bc(10, growth, 3, 10), members, generator).double()
 
 
-@pytest.mark.parametrize("own_images", [False, True], ids=["shared images", "bagging's own images"])
-def test_it_equals_the_loop(own_images):
-    loop, other = ensemble(), ensemble()
-    at_once = fast_densenet.DenseNets(other.members, bf16=False)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4) for each in (loop, other)]
-    images = torch.randn(*((6, 3) if own_images else (6,)), 3, 16, 16, dtype=torch.double)
-    labels = torch.randint(10, (6,))
-    for _ in range(5):
+def batch(n, *own):
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randn(n, *own, 3, 8, 8, dtype=torch.double, generator=generator),
+            torch.randint(10, (n,), generator=generator))
+
+
+def assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("growth, own, steps", [(6, (), 5), (12, (3,), 1), (8, (), 1)],
+                         ids=["DN-Low", "DN-High, bagging's own images", "DN-Mid"])
+def test_it_equals_the_loop(growth, own, steps):
+    """Logits, gradients, steps of SGD, running statistics, evaluation. Hardly a gradient is copied."""
+    nets = loop, other = ensemble(growth), ensemble(growth)
+    at_once = DenseNets(other.members, bf16=False)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4) for net in nets]
+    images, labels = batch(3, *own)
+    for _ in range(steps):
         logits = loop(images), at_once(images)
-        torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+        assert_equal(*logits)
         for each, optimizer in zip(logits, optimizers, strict=True):
             optimizer.zero_grad()
             joint_loss(each, labels, 0.9).backward()
             optimizer.step()
-        for p, q in zip(loop.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
-    for net in (loop, other):
+        assert_equal(*([p.grad for p in net.parameters()] for net in nets))
+    copied = [name for name, p in other.named_parameters() if p.grad.untyped_storage().nbytes() <= 8 * p.numel()]
+    assert len(copied) == 2 * len(other.members)        # only those of the convolutions between the blocks
+    for net in nets:
         net.eval()
     with torch.no_grad():
-        torch.testing.assert_close(loop(images), at_once(images), rtol=0, atol=1e-12)
-    torch.testing.assert_close(loop.state_dict(), other.state_dict(), rtol=0, atol=1e-12)
+        assert_equal(loop(images), at_once(images))
+    assert_equal(loop.state_dict(), other.state_dict())
 
 
-def test_state_goes_both_ways(tmp_path):
-    """Weights and the optimizer's state of one form continue in the other, through a file."""
-    images, labels = torch.randn(4, 3, 16, 16, dtype=torch.double), torch.randint(10, (4,))
+def test_states_go_both_ways(tmp_path):
+    """Weights, running statistics and momenta of one form go on in the other, through a file."""
+    images, labels = batch(2)
+
+    def new(together):
+        net = ensemble(members=2)
+        forward = DenseNets(net.members, bf16=False) if together else net
+        return net, forward, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
     def take_step(forward, optimizer):
         optimizer.zero_grad()
         joint_loss(forward(images), labels, 0.5).backward()
         optimizer.step()
-
-    def new(at_once):
-        net = ensemble()
-        forward = fast_densenet.DenseNets(net.members, bf16=False) if at_once else net
-        return net, forward, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
     ends = []
     for first, second in ((False, False), (False, True), (True, False)):
@@ -65,45 +92,5 @@ def test_state_goes_both_ways(tmp_path):
             part.load_state_dict(state)
         take_step(forward, optimizer)
         ends.append(net.state_dict())
-    for end in ends[1:]:
-        torch.testing.assert_close(ends[0], end, rtol=0, atol=1e-12)
-
-
-INTERPRETED = """
-import triton.runtime.interpreter as interpreter
-plain = interpreter._patch_lang_tensor
-
-def patch(tensor, scope):           # numpy 2.4 makes no int of an array of one number, which Triton 3.6 asks for
-    plain(tensor, scope)
-    tensor.__index__ = lambda self: int(self.handle.data.item())
-
-interpreter._patch_lang_tensor = patch
-import os, torch, fast_densenet
-from common import Ensemble
-from train_densenet_cifar import densenet_bc
-torch.manual_seed(0)
-torch.use_deterministic_algorithms(True)        # fills what torch.empty makes with nan
-images, labels, nets = torch.randn(3, 3, 8, 8), torch.randint(10, (3,)), {}
-for form in ("triton", "compiled"):
-    net = Ensemble(lambda: densenet_bc(10, 6, 3, 10), 3, torch.Generator().manual_seed(1))
-    nets[form] = net, fast_densenet.DenseNets(net.members, False), torch.optim.SGD(net.parameters(), 0.05, 0.9)
-for step in range(4):
-    for form, (net, forward, optimizer) in nets.items():
-        os.environ["DENSE_BLOCK"] = form
-        net.train(step < 3).zero_grad()
-        logits = forward(images)
-        if step < 3:
-            torch.nn.functional.cross_entropy(logits.mean(1), labels).backward()
-            optimizer.step()
-        nets[form] = net, forward, optimizer
-        net.logits = logits
-(one, *_), (other, *_) = nets.values()
-torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
-torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
-"""
-
-
-def test_the_triton_form_equals_the_compiled_one_interpreted():
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=study.folders.HERE, capture_output=True, text=True,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stderr
+    assert_equal(ends[0], ends[1])
+    assert_equal(ends[0], ends[2])

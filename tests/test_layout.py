@@ -5,8 +5,7 @@ from pathlib import Path
 
 FILES = {path.stem: path for path in Path(__file__).resolve().parent.parent.glob("*.py")}
 TRAINING = ["train_mlp_fmnist", "train_densenet_cifar", "train_convnet_cifar"]
-MAY_IMPORT = {"fast": "", "fast_densenet": "fast_densenet_triton", "fast_densenet_triton": "fast_densenet",
-              "common": "fast",
+MAY_IMPORT = {"fast": "", "fast_densenet": "", "common": "fast",
               "folders": "common", "presets": "common folders",
               "progress": "common", "study": "fast common folders presets progress",
               **dict.fromkeys(TRAINING, "study common fast_densenet"),
