@@ -11,7 +11,7 @@ strong filters in their first layer.
 Figures 4 and 5 are made from these runs, Table 4 from the networks.
 """
 
-import study
+from study import command, plan
 from common import Ensemble, Refused
 
 from torch import nn
@@ -52,21 +52,21 @@ def build(settings, shape, classes, generator):
 
 # --- The runs ------------------------------------------------------------------------------------
 
-# presets.yaml names all runs, in the block convnet_cifar. FIGURES says which of them a figure draws; `joint` stands for
-# every lambda of the preset.
+# presets.yaml names all runs, in the block convnet_cifar; common.train trains each of them, on Eq. 4,
+# common.joint_loss. FIGURES says which of them a figure draws; `joint` stands for every lambda of the preset.
 FIGURES = {
     "4": {f"ConvNet-{size}M": ["joint"] for size in ("0.07", "0.14", "0.29", "0.60", "1.20")},
     "5": {"10xConvNet-0.29M": ["joint-0", "joint-1"]},
 }
-EXPERIMENT = study.Experiment("convnet_cifar", build, FIGURES)
+EXPERIMENT = plan.Experiment("convnet_cifar", build, FIGURES, weights=("5",))
 
 
 # --- main ----------------------------------------------------------------------------------------
 
 
 def main():
-    study.train_study(EXPERIMENT, study.training_parser(__doc__).parse_args())
+    command.train_study(EXPERIMENT, command.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    study.command_line(main)
+    command.command_line(main)

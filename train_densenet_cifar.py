@@ -11,7 +11,7 @@ one network dominates.
 Table 2 and the DenseNets of Figure 6 are made from these runs, Tables 1 and 3 from the networks.
 """
 
-import study
+from study import command, plan
 from common import Ensemble, Refused
 
 import torch
@@ -75,30 +75,30 @@ def build(settings, shape, classes, generator):
         raise Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a DenseNet, which halves them twice: "
                       "at least 4x4 were expected")
     # All members in each kernel: on an H100 a step takes less than half the time (docs/costs.md). What is not measured,
-    # other precisions, wider networks, other images, takes the loop.
-    measured = settings["precision"] == "bf16" and settings["growth"] <= 12 and shape[1:] == (32, 32)
+    # other precisions, networks and images, takes the loop.
+    measured = settings["precision"] == "bf16" and settings["growth"] in (6, 8, 12) and shape[1:] == (32, 32)
     return Ensemble(lambda: densenet_bc(settings["depth"], settings["growth"], shape[0], classes),
                     settings["members"], generator, settings["precision"], at_once if measured else None)
 
 
 # --- The runs ------------------------------------------------------------------------------------
 
-# presets.yaml names all runs, in the block densenet_cifar. FIGURES says which of them a figure draws; `joint` stands
-# for every lambda of the preset.
+# presets.yaml names all runs, in the block densenet_cifar; common.train trains each of them, on Eq. 4,
+# common.joint_loss. FIGURES says which of them a figure draws; `joint` stands for every lambda of the preset.
 EVERY = ["joint", "independent", "bagging", "stacking"]
 FIGURES = {
     "table2": {"DN-Low": EVERY, "DN-Mid": EVERY, "DN-High": EVERY},
     "6": {"DN-High": ["joint"]},
 }
-EXPERIMENT = study.Experiment("densenet_cifar", build, FIGURES)
+EXPERIMENT = plan.Experiment("densenet_cifar", build, FIGURES)
 
 
 # --- main ----------------------------------------------------------------------------------------
 
 
 def main():
-    study.train_study(EXPERIMENT, study.training_parser(__doc__).parse_args())
+    command.train_study(EXPERIMENT, command.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    study.command_line(main)
+    command.command_line(main)

@@ -11,7 +11,7 @@ at lambda 0.95, they almost match it (10.3 %).
 Figures 2, 3, 9 and the MLPs of 6 are drawn from these runs; robustness.py measures 7 and 8 on their weights.
 """
 
-import study
+from study import command, plan
 
 import torch
 from torch import nn
@@ -60,8 +60,8 @@ def build(settings, shape, classes, generator):
 
 # --- The runs ------------------------------------------------------------------------------------
 
-# presets.yaml names all runs, in the block mlp_fmnist. FIGURES says which of them a figure draws; `joint` stands for
-# every lambda of the preset.
+# presets.yaml names all runs, in the block mlp_fmnist; common.train trains each of them, on Eq. 4, common.joint_loss.
+# FIGURES says which of them a figure draws; `joint` stands for every lambda of the preset.
 ENDS = ["joint-0", "joint-0.99", "joint-1"]
 FIGURES = {
     "2": {"1x1024H": ["joint-1"], "256x4H": ["joint-0", "joint-0.95", "joint-1", "bagging", "stacking"]},
@@ -71,15 +71,15 @@ FIGURES = {
     "8": {"64x16H": ENDS},
     "9": {"64x16H": ["joint"]},
 }
-EXPERIMENT = study.Experiment("mlp_fmnist", build, FIGURES)
+EXPERIMENT = plan.Experiment("mlp_fmnist", build, FIGURES, weights=("7", "8"))
 
 
 # --- main ----------------------------------------------------------------------------------------
 
 
 def main():
-    study.train_study(EXPERIMENT, study.training_parser(__doc__).parse_args())
+    command.train_study(EXPERIMENT, command.training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    study.command_line(main)
+    command.command_line(main)

@@ -1,9 +1,10 @@
 """What the tests share. `bash run_all.sh test` runs them all."""
 
+import fcntl
 import os
 import signal
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 # Here and in children: bitwise promises are of the CPU, and tests at once share the cores. test_gpu.py sees the GPUs.
@@ -15,8 +16,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import study
 import common
+from study import command, folders
 
 import pytest
 import torch
@@ -26,15 +27,35 @@ torch.set_num_threads(1)        # as a run has on a CPU
 
 @pytest.fixture(scope="session")
 def fashion_mnist():
-    """Real Fashion-MNIST from disk; data/ stays as it is. In CI it must be there: its absence is a failure."""
-    folders = common.DATA_DIR, common.DATASETS["Fashion-MNIST"].system
-    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "DATA_DIR", Path(scratch))
-        for folder in folders:
-            if data := common.read_fashion_mnist(folder):
-                return data
+    """Real Fashion-MNIST from disk. In CI it must be there: its absence is a failure."""
+    dataset = common.DATASETS["Fashion-MNIST"]
+    for folder in (common.DATA_DIR, dataset.system):
+        if data := dataset.read(folder):
+            return data
     (pytest.fail if os.environ.get("CI") else pytest.skip)(
         "Fashion-MNIST is not on disk: apt-get install dataset-fashion-mnist")
+
+
+@pytest.fixture(scope="session")
+def smoke_study(tmp_path_factory):
+    """The folder of a smoke study by run_all.sh, called from there: results, figures, output.txt. To be read only.
+
+    It is trained once, by the first of pytest's processes that asks for it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "my study"
+    folder.mkdir(exist_ok=True)
+    with open(shared / "smoke.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "output.txt").exists():
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            done = subprocess.run(
+                ["bash", folders.HERE / "run_all.sh", "smoke", "--results", "results", "--figures-dir", "figures"],
+                cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "output.txt").write_text(done.stdout)
+    return folder
 
 
 @pytest.fixture
@@ -63,7 +84,7 @@ def script(monkeypatch, capsys, tmp_path, one_thread):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            study.command_line(module.main)
+            command.command_line(module.main)
             status = 0
         except SystemExit as leave:
             status = leave.code or 0

@@ -78,12 +78,13 @@ cd "$work"
 python3 - <<'PYTHON'
 import json, pathlib
 def runs(name):
-    return {str(path.parent.relative_to(name)): json.loads(path.read_text())
-            for path in pathlib.Path(name).rglob("run.json")}
+    return {path.parent.relative_to(name): path for path in pathlib.Path(name).rglob("run.json")}
 array, single = runs("array"), runs("single")
 assert array.keys() == single.keys() and len(array) > 100, (len(array), len(single))
-for name, run in single.items():
-    for key in ("settings", "result", "sha256"):
-        assert array[name][key] == run[key], (name, key)
+for run, path in single.items():
+    one, other = (json.loads(each.read_text()) for each in (path, array[run]))
+    assert all(one[key] == other[key] for key in ("settings", "result")), run
+    for file in path.parent.glob("[hw]*"):          # history.npz, weights.pt
+        assert file.read_bytes() == (array[run].parent / file.name).read_bytes(), (run, file.name)
 print(f"{len(array)} runs of the array equal those of a single process")
 PYTHON

@@ -1,7 +1,7 @@
 """The paper's equations, and the loss that trains the ensembles. A reader starts here.
 
 N examples, M members, K classes. Member j predicts q_j, the softmax of its logits z_j; the ensemble predicts q-bar, the
-softmax of the mean logits; y is the target: a class, or probabilities. identities.py has what else the paper proves.
+softmax of the mean logits; y is the target: a class, or probabilities. What else the paper proves: test_identities.py.
 """
 
 import common
@@ -9,7 +9,6 @@ import fast
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 N, M, K = 7, 5, 4
@@ -58,7 +57,7 @@ def test_eq_3_the_softmax_of_the_mean_logits_is_the_normalised_geometric_mean(z)
     product = z.softmax(-1).prod(1) ** (1 / M)
     q_bar = product / product.sum(-1, keepdim=True)
     y = torch.arange(N) % K
-    ensemble, members = common.cross_entropies(z, y)
+    ensemble, members = fast.cross_entropies(z, y)
     equal(ensemble, -q_bar[range(N), y].log())
     equal(members, torch.stack([F.cross_entropy(z[:, m], y, reduction="none") for m in range(M)], 1))
 
@@ -93,7 +92,7 @@ def test_scores_are_exact_counts_and_diversity_is_eq_7(z):
     y[0] = (y[0] + 1) % K                                                   # the ensemble has one example wrong
     scores = common.Scores(M, "cpu")
     for rows in torch.arange(N).split(3):                                   # 3, 3 and 1 examples
-        scores.add(z[rows], y[rows], *common.cross_entropies(z[rows], y[rows]))
+        scores.add(z[rows], y[rows], *fast.cross_entropies(z[rows], y[rows]))
     s = scores.summary()
     wrong = (z.argmax(2) != y[:, None]).sum(0).tolist()
     assert s["member_error"].tolist() == [n / N for n in wrong] and min(wrong) > 1
@@ -104,27 +103,3 @@ def test_scores_are_exact_counts_and_diversity_is_eq_7(z):
     assert s["ensemble_loss"] == pytest.approx(F.cross_entropy(z.mean(1), y).item())
     diversity = divergence(z.mean(1, keepdim=True).log_softmax(-1), z.log_softmax(-1)).mean().item()
     assert s["diversity"] == pytest.approx(diversity) == pytest.approx(s["mean_member_loss"] - s["ensemble_loss"])
-
-
-# --- Lambda 0: independent training --------------------------------------------------------------
-
-
-def test_training_at_lambda_0_is_independent_training_at_the_rate_over_m():
-    """Steps of SGD with momentum at rate r on the loss that runs; and M networks, each alone, at r / M."""
-    together = nn.ModuleList(nn.Linear(6, K).double() for _ in range(M))
-    alone = nn.ModuleList(nn.Linear(6, K).double() for _ in range(M))
-    alone.load_state_dict(together.state_dict())
-
-    def ensemble(images):
-        return torch.stack([member(images) for member in together], 1)
-    joint = torch.optim.SGD(together.parameters(), lr=0.4, momentum=0.9)
-    single = [torch.optim.SGD(network.parameters(), lr=0.4 / M, momentum=0.9) for network in alone]
-    for step in range(5):
-        images, y = normal(N, 6, seed=step), torch.arange(step, step + N) % K
-        common.training_step(ensemble, joint, common.Scores(M, "cpu"), 0, images, y)
-        for network, sgd in zip(alone, single, strict=True):
-            sgd.zero_grad()
-            F.cross_entropy(network(images), y).backward()
-            sgd.step()
-    for p, q in zip(together.parameters(), alone.parameters(), strict=True):
-        equal(p, q)

@@ -1,24 +1,16 @@
 """Each function of fast.py gives what its plain twin gives: values, gradients, trained weights."""
 
 import contextlib
-import math
-import multiprocessing
-import os
-import select
-import signal
-import sys
-import time
 import types
 
-import study
 import common
 import fast
-import folders
-from common import Refused
+from study import command, plan
 
 import pytest
 import torch
 from test_training import a_densenet, a_run, builder, small_images
+from torch.nn import functional as F
 
 N, M, K = 7, 5, 4
 
@@ -39,48 +31,33 @@ def same(one, other):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-14, equal_nan=True)
 
 
-def test_the_fast_forms_are_what_runs():
-    assert common.loss_and_cross_entropies is fast.joint_loss
-    assert common.evaluation_cross_entropies is fast.cross_entropies and common.predicted is fast.argmax
-    assert common.for_each_member is fast.side_by_side
-
-
 # --- The loss ------------------------------------------------------------------------------------
 
 
-def loss_and_gradient(loss, logits):
+def losses_and_gradient(losses, logits, *arguments):
     z = logits.clone().requires_grad_()
-    value = loss(z)
-    (3 * value).backward()                                  # the gradient from above is not 1
-    return value.detach(), z.grad
+    loss, *others = losses(z, *arguments)
+    (3 * loss).backward()                                   # the gradient from above is not 1
+    return loss.detach(), z.grad, *others
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
-def test_the_joint_loss(logits, lam):
-    y = draw(K, N)
-    same(loss_and_gradient(lambda z: fast.joint_loss(z, y, lam)[0], logits),
-         loss_and_gradient(lambda z: common.joint_loss(z, y, lam), logits))
+@pytest.mark.parametrize("arguments", [
+    *((draw(K, N), lam) for lam in (0.0, 0.3, 0.95, 1.0)), (draw(K, N), 0, draw(3, N, M).double()), (draw(K, N, M), 0)],
+    ids=["0", "0.3", "0.95", "1", "bagging by weights", "bagging by copies"])
+def test_the_losses(logits, arguments):
+    same(losses_and_gradient(fast.joint_loss, logits, *arguments),
+         losses_and_gradient(common.losses, logits, *arguments))
 
 
-@pytest.mark.parametrize("y, weights", [(draw(K, N), draw(3, N, M).double()), (draw(K, N, M), None)],
-                         ids=["by weights", "by copies"])
-def test_the_loss_of_bagging(logits, y, weights):
-    same(loss_and_gradient(lambda z: fast.joint_loss(z, y, 0, weights)[0], logits),
-         loss_and_gradient(lambda z: common.bagging_loss(z, y, weights), logits))
-
-
-def test_the_cross_entropies(logits):
+def test_the_cross_entropies_and_the_loss_of_bagging_are_pytorchs(logits):
     """Weights weigh the loss, not the scores; members with examples of their own form no ensemble."""
-    y, own = draw(K, N), draw(K, N, M)
-    plain = common.cross_entropies(logits, y)
-    assert [one.shape for one in plain] == [(N,), (N, M)]
-    same(fast.cross_entropies(logits, y), plain)
-    same(fast.joint_loss(logits, y, 0.3)[1:], plain)
-    same(fast.joint_loss(logits, y, 0, draw(3, N, M).double())[1:], plain)
-    members = torch.stack([common.cross_entropies(logits, own[:, m])[1][:, m] for m in range(M)], 1)
-    plain = plain[0] * math.nan, members
-    same(fast.cross_entropies(logits, own), plain)
-    same(fast.joint_loss(logits, own, 0)[1:], plain)
+    y, own, counts = draw(K, N), draw(K, N, M), draw(3, N, M).double()
+    ensemble = F.cross_entropy(logits.mean(1), y, reduction="none")
+    members, of_own = (torch.stack([F.cross_entropy(logits[:, m], t[:, m], reduction="none") for m in range(M)], 1)
+                       for t in (y[:, None].expand(N, M), own))
+    same(fast.cross_entropies(logits, y), (ensemble, members))
+    same(fast.joint_loss(logits, y, 0, counts), ((members * counts).sum() / (M * N), ensemble, members))
+    same(fast.joint_loss(logits, own, 0), (of_own.mean(), ensemble * torch.nan, of_own))
 
 
 @pytest.mark.parametrize("values", [1000, 3])               # rare and many equal logits
@@ -88,6 +65,56 @@ def test_the_predicted_class_is_the_first_of_the_highest(values):
     z = draw(values, 9, 6, 5).float()
     for layout in (z, -z, z.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
         assert torch.equal(fast.argmax(layout).long(), layout.argmax(-1))
+
+
+# --- What you read is what runs ------------------------------------------------------------------
+
+
+EQ_4, STEPS = common.joint_loss, iter(range(10 ** 6))
+EDITED = {
+    "1 - lambda": lambda z, y, lam: EQ_4(z, y, 1 - lam),
+    "another lambda": lambda z, y, lam: EQ_4(z, y, min(lam, 0.95)),
+    "schedule": lambda z, y, lam: EQ_4(z, y, lam * (next(STEPS) > 9)),
+    "clamp": lambda z, y, lam: EQ_4(z.clamp(-100, 100), y, lam),
+    "cap": lambda z, y, lam: EQ_4(z, y, lam).clamp(max=100),
+    "flooding": lambda z, y, lam: (EQ_4(z, y, lam) - 0.01).abs() + 0.01,                # of examples that are right
+    "decay": lambda z, y, lam: EQ_4(z, y, lam) + 1e-4 * z.square().mean(),
+    "gradient": lambda z, y, lam: EQ_4(z, y, lam).detach() + 0 * z.sum(),
+    "of ten classes": lambda z, y, lam: F.cross_entropy(z.mean(1), y, torch.ones(10)),
+}
+
+
+def written_out(z, y, lam):
+    log_q = F.one_hot(y, z.shape[2])[:, None] * torch.cat([z, z.mean(1, keepdim=True)], 1).log_softmax(2)
+    return -(1 - lam) * log_q[:, :-1].sum() / (z.shape[0] * z.shape[1]) - lam * log_q[:, -1].sum() / len(y)
+
+
+@pytest.fixture
+def new_loss(monkeypatch):
+    """A function that puts another loss in the place of Eq. 4."""
+    fast.agrees_with.cache_clear()
+    yield lambda loss: monkeypatch.setattr(common, "joint_loss", loss)
+    fast.agrees_with.cache_clear()
+
+
+@pytest.mark.parametrize("loss", [EQ_4, written_out])
+def test_the_quick_form_is_what_runs(new_loss, loss):
+    new_loss(loss)
+    assert common.losses_that_run() is fast.joint_loss
+    assert common.losses_that_run(own=EQ_4) is not fast.joint_loss          # an Experiment's own: as it is
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edited_loss_runs_in_place_of_the_quick_form(new_loss, name):
+    new_loss(EDITED[name])
+    assert common.losses_that_run() is not fast.joint_loss
+
+
+def test_an_edited_loss_of_bagging_is_seen(monkeypatch):
+    plain = common.losses
+    monkeypatch.setattr(common, "losses", lambda z, y, lam, weights=None: plain(
+        z, y, lam, None if weights is None else weights.sqrt()))
+    assert common.losses_that_run() is not fast.joint_loss
 
 
 # --- Captured steps ------------------------------------------------------------------------------
@@ -119,9 +146,9 @@ def captures(monkeypatch, replaying=lambda work: work):
         work()
         return replaying(work)
 
-    def stepper_on_cuda(run, ensemble, optimizer, scores, batches, eager=False):
+    def stepper_on_cuda(run, ensemble, optimizer, scores, batches, *rest):
         batches.labels = batches.labels.as_subclass(Labels)
-        step = stepper(run, ensemble, optimizer, scores, batches, eager)
+        step = stepper(run, ensemble, optimizer, scores, batches, *rest)
         assert not any(total.any() for total in vars(scores).values())      # recording leaves no trace
         return step
 
@@ -179,18 +206,20 @@ def masked(error):
     (lambda work: fail(RuntimeError("stream is capturing\nmore")), r"cannot be captured \(stream is capturing\)$"),
     (lambda work: masked(RuntimeError("a copy to the host")), r"cannot be captured \(a copy to the host\)$")],
     ids=["nothing", "twice", "cannot record", "masked"])
-def test_a_step_that_cannot_be_captured_raises(data, monkeypatch, replaying, why):
+def test_a_step_that_cannot_be_captured_is_refused_and_eager_takes_it(data, monkeypatch, tmp_path, replaying, why):
     captures(monkeypatch, replaying)
     with pytest.raises(fast.CannotCapture, match=why):
         train(a_run(), data)
-    assert train(a_run(epochs=1), data, eager=True)[2] == 1                 # --eager captures nothing
+    experiment = plan.Experiment("mlp_fmnist", builder(a_run()))
+    with pytest.raises(common.Refused, match="add --eager"):
+        command.do_run(experiment, a_run(), data, tmp_path)
+    assert command.do_run(experiment, a_run(epochs=1), data, tmp_path, eager=True)["epoch"] == 1
+    assert command.seconds_of_step(experiment, a_run(), data, True) > 0
 
 
 @pytest.mark.parametrize("where", ["warm_up", "record"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
-                                   RuntimeError("CUDA error: out of memory")], ids=str)
+                                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")], ids=str)
 def test_too_little_memory_is_no_failed_capture(data, monkeypatch, where, error):
     captures(monkeypatch)
     monkeypatch.setattr(fast, where, lambda work: masked(error))
@@ -199,169 +228,23 @@ def test_too_little_memory_is_no_failed_capture(data, monkeypatch, where, error)
     assert fast.out_of_memory(raised.value) and not isinstance(raised.value, fast.CannotCapture)
 
 
-def test_an_error_of_the_step_itself_ends_training(data, monkeypatch):
-    captures(monkeypatch)
-    monkeypatch.setattr(fast, "warm_up", lambda work: fail(RuntimeError("shapes cannot be multiplied")))
-    with pytest.raises(RuntimeError, match="shapes"):
-        train(a_run(), data)
-
-
-def test_the_plan_times_the_step_that_is_recorded(data, monkeypatch):
-    """On a GPU a smaller batch is launched from Python, which may take a hundred times as long."""
-    class Cuda(str):
-        type = "cuda"
-    sizes = []
-    monkeypatch.setattr(common.Data, "device", Cuda("cpu"))
-    monkeypatch.setattr(common, "stepper", lambda *_: lambda rows: sizes.append(len(rows)))
-    monkeypatch.setattr(study, "fastest", lambda work, *_: 1.0 + bool(work()))
-    run = a_run()
-    study.cost(study.Experiment("mlp_fmnist", builder(run)), run, data)
-    assert set(sizes) == {run.settings["batch"]}
-
-
-def test_eager_reaches_the_plan(data, monkeypatch):
-    captures(monkeypatch, lambda work: fail(AssertionError("captured")))
-    run = a_run()
-    experiment, eager = study.Experiment("mlp_fmnist", builder(run)), []
-    assert study.cost(experiment, run, data, eager=True) > 0
-    with pytest.raises(AssertionError, match="captured"):
-        study.cost(experiment, run, data)
-    monkeypatch.setattr(study, "cost", lambda *arguments: eager.append(arguments[3]) or 1.0)
-    study.estimate(experiment, [run], lambda run: data, True)
-    assert eager == [True]
-
-
-def test_a_study_whose_step_cannot_be_captured_begins_again_with_eager(monkeypatch, capsys):
-    """In a new process: PyTorch does not clean up after a recording that failed."""
-    why, started = "a training step cannot be captured (a copy to the host)", []
-    monkeypatch.setattr(study, "train_missing", lambda *_: fail(fast.CannotCapture(why)))
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", "--preset", "smoke"])
-    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append((program, arguments)))
-    study.train_study(None, None)
-    assert f"{why}: going on with --eager" in capsys.readouterr().out
-    said = f"in this command {why}"
-    assert started == [(sys.executable, [sys.executable, "-u", "train.py", "--preset", "smoke", "--eager", said])]
-    assert study.training_parser("").parse_args(started[0][1][3:]).eager == said
-    assert study.training_parser("").parse_args(["--eager"]).eager == "asked for"
-
-
-def test_run_json_says_why_steps_were_not_captured(data, monkeypatch, tmp_path):
-    run, experiment = a_run(epochs=1), study.Experiment("mlp_fmnist", builder(a_run()))
-    monkeypatch.setattr(common.Data, "device", OnCuda("cpu"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
-    monkeypatch.setattr(folders, "machine", lambda device: {"device": "a GPU"})
-    folders.run_missing([run], tmp_path, lambda run: study.do_run(experiment, run, data, tmp_path, eager="too new"))
-    result = folders.read_run(tmp_path / run.path)["result"]
-    assert (result["eager"], result["peak_memory_bytes"]) == ("too new", 7)
-
-
-def test_a_learning_rate_on_a_gpu_is_a_float(data):
-    """The fused kernel of SGD cannot read another."""
-    images = types.SimpleNamespace(shape=data.shape, classes=data.classes, device=torch.device("meta"))
-    run = a_run(lr=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "SGD", lambda parameters, lr, **more: lr)
-        assert common.new_ensemble(builder(run), run, images)[1].dtype == torch.float32
-
-
 # --- Members on streams --------------------------------------------------------------------------
 
 
-class Stream:
-    """A stand-in for a CUDA stream that writes down who waits for whom."""
+def test_members_fork_from_one_stream_and_join_it(monkeypatch):
+    log = []
 
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-
-@pytest.mark.parametrize("count, at_once", [(3, 2), (2, 2), (2, 8)])
-def test_members_fork_from_one_stream_and_join_it(monkeypatch, count, at_once):
-    log, on = [], []
-    side = [Stream(f"side {i}", log) for i in range(min(count, at_once))]
-    main = Stream("main", log)
+    def stand_in(name):
+        return types.SimpleNamespace(name=name, wait_stream=lambda other: log.append(f"{name} waits for {other.name}"))
 
     @contextlib.contextmanager
     def stream(which):
-        on.append(which.name)
+        log.append(f"on {which.name}")
         yield
-    monkeypatch.setattr(fast, "STREAMS", at_once)
-    monkeypatch.setattr(fast, "streams", lambda number: side[:number])
+    main, *side = map(stand_in, ("main", "side 0", "side 1"))
+    monkeypatch.setattr(fast, "streams", lambda count: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    results = fast.side_by_side(lambda m: (log.append(f"member {m}"), m)[1], count, OnCuda("cpu"))
-    assert results == list(range(count)) and on == [f"side {m % len(side)}" for m in range(count)]
-    assert log == [*(f"{one.name} waits for main" for one in side), *(f"member {m}" for m in range(count)),
-                   *(f"main waits for {one.name}" for one in side)]
-
-
-def test_on_a_cpu_members_are_run_one_after_the_other():
-    assert fast.side_by_side(lambda m: m, 3, torch.device("cpu")) == [0, 1, 2]
-
-
-# --- Several processes ---------------------------------------------------------------------------
-
-
-FORK = multiprocessing.get_context("fork")
-
-
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_processes_train_what_one_process_trains(data, count):
-    """To the bit, with the data in shared memory. Nothing is forked for a count of at most 1."""
-    runs, said = [a_run(lam=lam, epochs=2) for lam in (0, 0.9, 1)], []
-    (parts, end), every = os.pipe(), FORK.Barrier(max(count, 1))
-    os.write(end, bytes(range(len(runs))))
-    os.close(end)
-
-    def weights(run):
-        return train(run, data)[0].hidden_weight.tolist()
-
-    def work(say):
-        say("process", os.getpid())
-        every.wait()
-        while part := os.read(parts, 1):
-            say(part[0], weights(runs[part[0]]))
-    fast.in_processes(work, count, lambda *message: said.append(message), (Refused,))
-    os.close(parts)
-    processes = {what for word, what in said if word == "process"}
-    assert len(processes) == max(count, 1) and (os.getpid() in processes) == (count <= 1)
-    assert sorted(message for message in said if message[0] != "process") == list(enumerate(map(weights, runs)))
-
-
-@pytest.mark.parametrize("end, raised, words", [
-    (lambda: fail(Refused("lower the batch")), Refused, "^lower the batch$"),
-    (lambda: fail(ZeroDivisionError()), ChildProcessError, "ended with status 1 .*fewer --jobs"),
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), ChildProcessError, r"ended with status -9 \(-9: the system"),
-    (lambda: fail(KeyboardInterrupt()), ChildProcessError, "ended with status 143 ")],     # command_line's, of SIGTERM
-    ids=["expected", "unexpected", "killed", "stopped"])
-def test_the_end_of_one_process_ends_all(capfd, end, raised, words):
-    every = FORK.Barrier(3)
-
-    def work(say):
-        if every.wait() == 0:
-            end()
-        signal.pause()
-    with pytest.raises(raised, match=words):
-        fast.in_processes(work, 3, print, (Refused,))
-    assert not multiprocessing.active_children()
-    assert ("ZeroDivisionError" in capfd.readouterr().err) == ("status 1 " in words)
-
-
-def test_processes_end_with_their_parent():
-    """Their end is seen from the pipe that they hold open."""
-    reader, writer = os.pipe()
-
-    def work(say):
-        os.write(writer, b"x")
-        time.sleep(100)
-    parent = FORK.Process(target=fast.in_processes, args=(work, 2, print, ()))
-    parent.start()
-    os.close(writer)
-    assert os.read(reader, 1) + os.read(reader, 1) == b"xx"
-    parent.kill()
-    parent.join()
-    assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""
-    os.close(reader)
+    assert fast.side_by_side(lambda m: m, 3, OnCuda("cpu")) == [0, 1, 2]
+    assert log == ["side 0 waits for main", "side 1 waits for main", "on side 0", "on side 1", "on side 0",
+                   "main waits for side 0", "main waits for side 1"]

@@ -1,27 +1,25 @@
-"""An interrupted run goes on from its checkpoint, and nothing that is damaged is used."""
+"""A run or a study that is interrupted, by whatever, goes on and gives the same numbers; nothing damaged is used."""
 
 import contextlib
-import errno
-import hashlib
+import fcntl
 import io
-import json
 import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-import study
 import common
-import folders
-import robustness
-import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
+from study import command, folders, plan
 
 import numpy as np
 import pytest
@@ -33,9 +31,7 @@ MLP = {"hidden": 3, "lr": 0.4}
 DENSENET = {"depth": 10, "growth": 2, "lr": 0.1, "precision": "fp32", "augment": True}
 CASES = {
     "MLP": (train_mlp_fmnist, "joint", MLP),
-    "MLP, no momentum, no validation": (train_mlp_fmnist, "joint", MLP | {"momentum": 0.0, "validation": 0}),
     "bagging by weights": (train_mlp_fmnist, "bagging", MLP | {"bagging": "weights"}),
-    "DenseNet": (train_densenet_cifar, "joint", DENSENET),
     "bagging by copies": (train_densenet_cifar, "bagging", DENSENET | {"bagging": "resample"})}
 
 
@@ -52,7 +48,7 @@ def every_epoch(monkeypatch):
 
 def case(name):
     module, method, changes = CASES[name]
-    return module, study.Run("test", module.EXPERIMENT.name, "small", method, 0.0, 0, SETTINGS | changes, weights=True)
+    return module, plan.Run("test", module.EXPERIMENT.name, "small", method, 0.0, 0, SETTINGS | changes, weights=True)
 
 
 def train(name, data, results, end=None):
@@ -65,36 +61,20 @@ def train(name, data, results, end=None):
             raise KeyboardInterrupt
     (results / run.path).mkdir(parents=True, exist_ok=True)
     with pytest.raises(KeyboardInterrupt) if end else contextlib.nullcontext():
-        study.do_run(module.EXPERIMENT, run, data[module], results, report)
+        command.do_run(module.EXPERIMENT, run, data[module], results, report)
     return epochs
 
 
-def equal(name, one, other):
-    """Holds all that a run left in two folders equal, to the bit, but for its times."""
-    results, arrays = [], []
-    for folder in (one / case(name)[1].path, other / case(name)[1].path):
-        results.append(folders.whole_run(folder)["result"])
-        arrays.append(folders.load_history(folder) | folders.load_weights(folder, "cpu"))
-        assert not (folder / "checkpoint.pt").exists()
-    assert results[0] == results[1] and arrays[0].keys() == arrays[1].keys()
-    for key, value in arrays[0].items():
-        np.testing.assert_array_equal(value, arrays[1][key], err_msg=key)
-
-
-class Malice:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
-
-
-def flip(at):
-    """Damages one bit of a file's content, at a share of its length."""
-    return lambda content: b"".join((content[:int(at * len(content))], bytes([content[int(at * len(content))] ^ 4]),
-                                     content[int(at * len(content)) + 1:]))
-
-
-damage = pytest.mark.parametrize("damage", [
-    lambda content: b"", lambda content: content[:len(content) // 2], lambda content: content[:-1],
-    flip(0), flip(0.3), flip(0.6), flip(0.999)])
+def outcomes(results):
+    """What every run in a folder left, but for its times: {path: (result, arrays and weights as bytes)}."""
+    left = {}
+    for folder in folders.run_folders(results, "**"):
+        arrays = folders.load_history(folder)
+        if (folder / "weights.pt").exists():
+            arrays |= folders.load_weights(folder)
+        left[folder.relative_to(results)] = (folders.read_whole_run(folder)["result"],
+                                             {key: np.asarray(value).tobytes() for key, value in arrays.items()})
+    return left
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
@@ -106,37 +86,30 @@ def test_a_run_interrupted_twice_equals_one_that_was_not(data, tmp_path, name, e
     assert train(name, data, tmp_path / "parts", 2) == [1, 2]
     assert train(name, data, tmp_path / "parts", 4) == [2, 3, 4]
     assert train(name, data, tmp_path / "parts") == [4, 5]
-    equal(name, tmp_path / "whole", tmp_path / "parts")
+    assert outcomes(tmp_path / "whole") == outcomes(tmp_path / "parts")
+    assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
-def test_checkpoints_are_a_minute_apart_and_count_the_time_before_them(data, tmp_path, monkeypatch):
-    """Each look at the clock takes no time, and each epoch 35 seconds."""
-    clock, written, (module, run), write = [0], [], case("MLP"), folders.write
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(folders, "write", lambda path, save: written.append((path.name, clock[0])) or write(path, save))
-    (tmp_path / run.path).mkdir(parents=True)
-
-    def report(epoch, history):
-        clock[0] += 35
-        if clock[0] == 4 * 35:
-            raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        study.do_run(module.EXPERIMENT, run, data[module], tmp_path, report)
-    assert written == [("checkpoint.pt", 70)]
-    study.do_run(module.EXPERIMENT, run, data[module], tmp_path, report)        # three epochs more
-    assert written[1:3] == [("checkpoint.pt", 210), ("history.npz", 245)]
-    assert folders.read_run(tmp_path / run.path)["seconds"] == 5 * 35
+def of_another_network(content):
+    """A checkpoint whose first layer fits, with other weights, and whose last does not."""
+    state, changed = torch.load(io.BytesIO(content)), io.BytesIO()
+    state["parts"]["ensemble"]["hidden_weight"] += 1
+    state["parts"]["ensemble"]["output_bias"] = torch.zeros(3)
+    torch.save(state, changed)
+    return changed.getvalue()
 
 
-@pytest.mark.parametrize("alter, reason", [
-    *((each, "damaged") for each in damage.args[1]),
-    (lambda content: sealed({"settings": "{}", "weights": {}, "momenta": [], "lowest": 0.5}), "of another version"),
-    *((lambda content, key=key, value=value: sealed(torch.load(io.BytesIO(content[:-32])) | {key: value}),
-       "of another version") for key, value in (
-           ("best", Malice()), ("settings", 3), ("settings", "{"), ("parts", {}), ("parts", [])))])
-def test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(data, tmp_path, alter, reason, capsys,
-                                                                       every_epoch):
-    """And it is data, not code: `Malice` would end the tests."""
+def garbled(content):
+    """A file's content with 200 bytes in its middle inverted."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - byte for byte in content[middle:middle + 200]) + content[middle + 200:]
+
+
+DAMAGE = [lambda content: b"", lambda content: content[:-1], garbled]
+
+
+@pytest.mark.parametrize("alter", [*DAMAGE, of_another_network])
+def test_a_checkpoint_that_cannot_be_used_is_set_aside(data, tmp_path, alter, capsys, every_epoch):
     train("MLP", data, tmp_path / "whole")
     train("MLP", data, tmp_path / "parts", 3)
     (path,) = tmp_path.rglob("checkpoint.pt")
@@ -144,28 +117,10 @@ def test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(data, tmp
     path.write_bytes(content)
     assert train("MLP", data, tmp_path / "parts") == [1, 2, 3, 4, 5]
     (aside,) = path.parent.glob("damaged-*-checkpoint.pt")
-    assert f"{path} is {reason}: it is set aside as {aside.name}, and the run begins anew" in capsys.readouterr().out
-    assert aside.read_bytes() == content
-    equal("MLP", tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_checkpoint_of_another_network_leaves_the_new_one_as_it_was(data, tmp_path, capsys, every_epoch):
-    """The first layer fits and the second does not: nothing of the first stays."""
-    def other(content):
-        state = torch.load(io.BytesIO(content[:-32]))
-        weights = state["parts"]["ensemble"]
-        weights["hidden_weight"] += 1
-        weights["output_bias"] = torch.zeros(3)
-        return sealed(state)
-    test_a_checkpoint_that_cannot_be_used_is_set_aside_with_its_reason(
-        data, tmp_path, other, "of another version", capsys, every_epoch)
-
-
-def sealed(state):
-    """The content of a checkpoint whose checksum fits."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    return content.getvalue() + hashlib.sha256(content.getvalue()).digest()
+    said = capsys.readouterr().out
+    assert said.startswith(f"{path} cannot be used (damaged or of another network: ") and said.count("\n") == 1
+    assert f"set aside as {aside.name}; the run begins anew" in said and aside.read_bytes() == content
+    assert outcomes(tmp_path / "whole") == outcomes(tmp_path / "parts")
 
 
 def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, every_epoch, monkeypatch):
@@ -178,136 +133,54 @@ def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, every_epoch, 
 # --- Finished runs -------------------------------------------------------------------------------
 
 SELECT = ("--preset", "smoke", "--only", "64x16H", "--lambdas", "0", "--trials", "1")
-SHORT = (*SELECT, "--epochs", "1")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which SHORT was trained."""
-    folder = tmp_path_factory.mktemp("finished")
-    subprocess.run([sys.executable, train_mlp_fmnist.__file__, *SHORT], cwd=folder, check=True)
-    return folder
 
 
 @pytest.fixture
-def folder(trained, script):
-    """The folder of that run, in a copy that is the current folder."""
-    shutil.copytree(trained, ".", dirs_exist_ok=True)
-    return Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
+def folder(smoke_study, script):
+    """The folder of a finished run, a copy of the smoke study's, below the current folder."""
+    folder = Path("results/smoke/mlp_fmnist/64x16H/joint-0/trial0")
+    shutil.copytree(smoke_study / folder, folder)
+    return folder
 
 
-@damage
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["run.json", "history.npz", "weights.pt"])
 def test_a_damaged_run_is_never_read_and_is_made_anew(script, folder, name, damage):
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / name).write_bytes(damage(whole[name]))
-    with pytest.raises(folders.Damaged,
-                       match=f"{folder / name} is damaged .* keeps the files aside .* remove {folder}$"):
-        folders.whole_run(folder)
-    if name != "history.npz":           # which robustness.py does not read
-        status, _, err = script(robustness, *SELECT)
-        assert status == 2 and err.count("\n") == 1 and f"{folder / name} is damaged" in err
-    status, out, _ = script(train_mlp_fmnist, *SHORT)
+    with pytest.raises(folders.Damaged, match=f"^{folder / name} is damaged .* sets it aside and trains"):
+        folders.read_whole_run(folder)
+    status, out, _ = script(train_mlp_fmnist, *SELECT)
     (aside,) = folder.glob("damaged-*")
-    assert status == 0 and f"{folder}: the damaged run is set aside as {aside.name} and made anew" in out
-    assert (aside / name).read_bytes() == damage(whole[name])
+    assert status == 0 and f"{folder / name} cannot be used (" in out and aside.name in out
+    assert aside.read_bytes() == damage(whole[name])
     assert all((folder / other).read_bytes() == whole[other] for other in ("history.npz", "weights.pt"))
-    assert "0 of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
+    assert "0 of 1 runs to do" in script(train_mlp_fmnist, *SELECT)[1]
 
 
-@pytest.mark.parametrize("name", ["run.json", "history.npz"])
-def test_a_file_that_cannot_be_read_is_not_damaged(script, folder, monkeypatch, name):
-    """A bad night of the network ends the command; nothing is set aside or trained again."""
-    for method in ("read_text", "read_bytes"):
-        read = getattr(Path, method)
+def test_a_run_without_its_weights_is_trained_again_only_for_who_needs_them(script, smoke_study):
+    """Records in expected/ have none. Figures 7 and 8 and stacking need them."""
+    for name in ("mlp_fmnist/64x16H/joint-0", "densenet_cifar/DN-High/joint-0", "densenet_cifar/DN-High/stacking"):
+        place = Path("results/smoke", name, "trial0")
+        shutil.copytree(smoke_study / place, place, ignore=shutil.ignore_patterns("weights.pt"))
 
-        def fails(path, *arguments, read=read, **others):
-            if path.name == name:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-            return read(path, *arguments, **others)
-        monkeypatch.setattr(Path, method, fails)
-    before = sorted(Path().rglob("*"))
-    status, _, err = script(train_mlp_fmnist, *SHORT)
-    assert status == 2 and "Stale file handle" in err and name in err and err.count("\n") == 1
-    assert sorted(Path().rglob("*")) == before
+    def left(module, *arguments):
+        out = script(module, "--preset", "smoke", "--trials", 1, *arguments, "--dry-run")[1]
+        return re.findall(r"^    (.+) trial 0: to do$", out, re.MULTILINE)
 
-
-def test_a_damaged_measurement_is_made_anew(script, folder):
-    assert script(robustness, *SELECT)[0] == 0
-    (path,) = Path("results/smoke/robustness-example").rglob("history.npz")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    status, out, _ = script(robustness, *SELECT)
-    assert status == 0 and "0 measured before" in out and "set aside as damaged-" in out
-    assert path.read_bytes() == whole
+    stacking = train_densenet_cifar, "--only", "DN-High", "--methods", "stacking"
+    assert left(*stacking) == left(train_mlp_fmnist, "--figure", 9, "--lambdas", 0) == []
+    assert left(train_mlp_fmnist, "--figure", 8, "--lambdas", 0) == ["64x16H lambda 0"]
+    shutil.rmtree(place)
+    assert left(*stacking) == ["DN-High lambda 0", "DN-High stacking"]
+    module, *arguments = stacking
+    assert script(module, "--preset", "smoke", "--trials", 1, *arguments)[0] == 0
+    assert outcomes(place.parent)[Path("trial0")] == outcomes(smoke_study / place.parent)[Path("trial0")]
 
 
-def test_damaged_weights_are_told_of_and_not_their_measurement(script, folder):
-    assert script(robustness, *SELECT)[0] == 0
-    with open(folder / "weights.pt", "ab") as file:
-        file.write(b"1")
-    shutil.rmtree("results/smoke/robustness-example")
-    status, _, err = script(robustness, *SELECT)
-    assert status == 2 and f"{folder / 'weights.pt'} is damaged" in err and err.count("\n") == 1
+# --- A whole study, killed again and again, or trained by several commands -----------------------
 
-
-def test_a_run_folder_without_its_weights_is_finished_and_robustness_passes_over_it(script, folder):
-    assert script(train_mlp_fmnist, *SHORT, "--lambdas", "1")[0] == 0
-    (folder / "weights.pt").unlink()
-    assert folders.whole_run(folder) and "train_ensemble_loss" in folders.load_history(folder)
-    assert "0 of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
-    status, out, _ = script(robustness, "--preset", "smoke")
-    assert status == 0 and "robustness: 1 trained runs" in out and "64x16H lambda 1 trial 0: test error" in out
-
-
-def test_stacking_says_that_the_weights_of_its_members_are_missing(script):
-    assert script(train_mlp_fmnist, *TINY)[0] == 0
-    (path,) = Path().rglob("weights.pt")
-    path.unlink()
-    for more in ([], ["--dry-run"]):
-        status, out, err = script(train_mlp_fmnist, *TINY, "--methods", "bagging", "stacking", *more)
-        assert status == 2 and err.count("\n") == 1 and str(path.parent) in err and "remove" in err
-        assert out == ""                                # before anything is trained
-    assert "sets the run aside" not in err              # since a run that is whole but for them is not
-
-
-def test_a_run_that_was_made_without_the_weights_it_must_keep_is_made_anew(script):
-    assert script(train_mlp_fmnist, *SHORT, "--set", "weights=[]", "methods=[joint]")[0] == 0
-    assert not list(Path().rglob("weights.pt"))
-    for to_do in (1, 0):
-        assert f"{to_do} of 1 runs to do" in script(train_mlp_fmnist, *SHORT)[1]
-        assert len(list(Path().rglob("weights.pt"))) == 1
-
-
-def seal(folder, name):
-    """Gives a file of a run a checksum that fits, as someone who sends both can."""
-    record = folders.read_run(folder)
-    record["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "run.json").write_text(json.dumps(record | {"seal": folders.seal(record)}))
-
-
-@pytest.mark.parametrize("content", ["code", b"", b"PK\x03\x04 no archive", b"text"])
-def test_weights_that_are_code_or_something_else_are_not_loaded(script, folder, content):
-    if content == "code":
-        torch.save({"hidden_weight": Malice()}, folder / "weights.pt")
-    else:
-        (folder / "weights.pt").write_bytes(content)
-    seal(folder, "weights.pt")
-    status, _, err = script(robustness, *SELECT)
-    assert status == 2 and "weights.pt is damaged (it holds something else than weights)" in err
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"text"])
-def test_a_history_that_is_none_is_told(folder, content):
-    (folder / "history.npz").write_bytes(content)
-    seal(folder, "history.npz")
-    with pytest.raises(folders.Damaged, match=r"history\.npz is damaged \(it holds no arrays\)"):
-        folders.load_history(folder)
-
-
-# --- A whole study, killed again and again -------------------------------------------------------
-
-STUDY = {train_mlp_fmnist: ["--only", "256x4H", "--lambdas", "1", "--methods", "joint", "bagging", "--epochs", "6"],
+STUDY = {train_mlp_fmnist: ["--only", "16x64H", "--lambdas", "1", "--methods", "joint", "bagging", "--epochs", "4"],
          train_densenet_cifar: ["--only", "DN-High", "--methods", "bagging", "stacking"]}
 
 
@@ -315,124 +188,122 @@ def do_study(folder, jobs):
     """Gives the commands of STUDY in a folder, in a process that has imported everything."""
     os.chdir(folder)
     folders.CHECKPOINT_SECONDS = 0
-    study.estimate = lambda experiment, runs, data, eager: {run.path: 1.0 for run in runs}  # training begins at once
+    command.estimate = lambda experiment, runs, *_: {run.path: 1.0 for run in runs}     # training begins at once
     for module, arguments in STUDY.items():
         sys.argv = [module.__file__, "--preset", "smoke", "--trials", "1", "--jobs", str(jobs), *arguments]
-        study.command_line(module.main)
+        command.command_line(module.main)
 
 
-def test_a_study_killed_at_twenty_moments_equals_one_that_was_not(tmp_path, monkeypatch):
-    """kill -9, and the same command again; when a study comes to its end, another one begins.
+def start(folder, jobs):
+    """A process that gives the commands of STUDY."""
+    folder.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=do_study, args=(folder, jobs))
+    process.start()
+    return process
 
-    Every other study trains its runs in worker processes, which end with the process that is killed.
-    """
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))     # of the server, which imports torch once for all
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
 
-    def start(folder, jobs):
-        folder.mkdir(exist_ok=True)
-        process = context.Process(target=do_study, args=(folder, jobs))
-        process.start()
-        return process
-
-    def outcomes(folder):
-        """What came out of each run, and the checksums of its files."""
-        records = {path.relative_to(folder): folders.whole_run(path.parent) for path in folder.rglob("run.json")}
-        return {path: (record["result"], record["sha256"]) for path, record in records.items()}
-
+def test_a_study_killed_again_and_again_equals_one_that_was_not(tmp_path, one_thread):
+    """kill -9, and the same command again. The second study trains in worker processes, which end with it."""
     whole, began = start(tmp_path / "whole", 1), time.perf_counter()
-    whole.join()
-    took, expected = time.perf_counter() - began, outcomes(tmp_path / "whole")
+    whole.join(100)
+    took, expected = time.perf_counter() - began, outcomes(tmp_path / "whole" / "results")
     assert whole.exitcode == 0 and len(expected) == 5
-    moments, kills, studies, states = random.Random(0), 0, 0, set()
-    while kills < 20:
-        studies += 1
-        folder = tmp_path / f"study{studies}"
-        while True:
-            process = start(folder, 1 + studies % 2)
-            process.join(moments.uniform(0, took / 3) if kills < 20 else None)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            kills += 1
-            states.add((len(list(folder.rglob("checkpoint.pt"))), len(list(folder.rglob(".*")))))
-        assert process.exitcode == 0 and outcomes(folder) == expected
+    moments, states = random.Random(0), set()
+    for jobs in (1, 2):
+        folder, kills = tmp_path / f"{jobs}", 0
+        process = start(folder, jobs)
+        while process.exitcode != 0:
+            process.join(moments.uniform(0, took / 2) if kills < 5 else 100)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills += 1
+                states.add((len(list(folder.rglob("checkpoint.pt"))), len(list(folder.rglob("run.json")))))
+            if process.exitcode:        # killed; or 1, while a worker of the one that was killed has yet to end
+                assert process.exitcode in (1, -9) and kills <= 5
+                process = start(folder, jobs)
+        assert outcomes(folder / "results") == expected
         assert not [*folder.rglob("damaged-*"), *folder.rglob("checkpoint.pt")]
     assert len(states) > 1, "killed always in the same state"
 
 
-# --- Disks ---------------------------------------------------------------------------------------
+def test_two_commands_at_one_folder_train_each_run_once(tmp_path, one_thread):
+    """Each skips what the other trains, and ends with 1 if such a run is left."""
+    whole, pair = start(tmp_path / "whole", 2), [start(tmp_path / "pair", jobs) for jobs in (1, 2)]
+    while pair:
+        for process in (whole, *pair):
+            process.join(100)
+        assert {process.exitcode for process in pair} <= {0, 1}
+        pair = [start(tmp_path / "pair", 1)] if any(process.exitcode for process in pair) else []
+    assert outcomes(tmp_path / "pair" / "results") == outcomes(tmp_path / "whole" / "results")
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """A file system of its own: mounted(options) -> its folder. Root is needed for that."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-
-    def mount(options):
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
-        if done.returncode:
-            assert not os.environ.get("CI"), done.stderr
-            pytest.skip(f"no file system can be mounted here: {done.stderr}")
-        return folder
-    yield mount
-    subprocess.run(["umount", folder], check=False, capture_output=True)
+# --- How a command ends --------------------------------------------------------------------------
 
 
-TINY = ("--preset", "smoke", "--only", "256x4H", "--lambdas", 0, "--trials", 1, "--epochs", 2)
+def is_alive(process):
+    """Is this a process, and no zombie? (Who inherits one may not wait for it.)"""
+    stat = Path(f"/proc/{process}/stat")
+    with contextlib.suppress(OSError):
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
-@pytest.mark.parametrize("jobs, trials", [(1, 1), (2, 2)])
-def test_a_full_disk_loses_nothing_and_the_command_goes_on_when_there_is_room(script, mounted, jobs, trials):
-    disk = mounted("size=9m")
-    command = (*TINY, "--results", disk, "--jobs", jobs, "--trials", trials)
-    (disk / "others").write_bytes(bytes(7_000_000))
-    status, _, err = script(train_mlp_fmnist, *command)
-    assert status == 2 and err.count("\n") == 1
-    assert re.search(r"(weights\.pt|history\.npz) cannot be written: No space left on device", err)  # (two at once)
-    assert not list(disk.rglob("*weights.pt*")) and not list(disk.rglob("run.json"))
-    (disk / "others").unlink()
+@pytest.mark.parametrize("jobs, number, to, status, words", [
+    (1, signal.SIGTERM, "command", 143, "stopped; finished runs are kept"),
+    (2, signal.SIGINT, "all", 130, "give the same command again to go on"),     # as Ctrl-C on a terminal does
+    (2, signal.SIGKILL, "command", -9, ""),
+    (2, signal.SIGKILL, "worker", 2, "fewer --jobs need less); finished runs are kept: give the same command again")])
+def test_a_signal_ends_a_command_and_its_workers(tmp_path, heed_ctrl_c, jobs, number, to, status, words):
+    process = subprocess.Popen(
+        [sys.executable, train_mlp_fmnist.__file__, "--preset", "smoke", "--only", "16x64H", "--lambdas", "1",
+         "--epochs", "100000", "--jobs", str(jobs)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=heed_ctrl_c, start_new_session=True)
+    limit = threading.Timer(60, process.kill)
+    limit.start()
+    try:
+        assert any("over epoch 3" in line for line in process.stdout)
+        workers = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+        assert len(workers) == (jobs if jobs > 1 else 0)
+        (os.killpg if to == "all" else os.kill)(workers[0] if to == "worker" else process.pid, number)
+        _, err = process.communicate()
+    finally:
+        process.kill()
+        limit.cancel()
+    assert process.returncode == status and words in err and err.strip().count("\n") == 0
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "a worker goes on without its parent"
+        time.sleep(0.1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_what_another_command_trains_is_skipped_and_said(script, tmp_path):
+    """And so is the stacking of its members. Of the rest, each run is trained."""
+    held = tmp_path / "results/smoke/densenet_cifar/DN-High/joint-0/trial0"
+    held.mkdir(parents=True)
+    arguments = ["--preset", "smoke", "--trials", 1, "--only", "DN-High", "--methods", "joint", "stacking", "--lambdas"]
+    arguments += [0, 1]
+    with open(held / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for jobs in (1, 2):
+            status, out, err = script(train_densenet_cifar, *arguments, "--jobs", jobs)
+            assert status == 1 and "or their members now: 2; give this one again when that has ended" in out, err
+    assert list(outcomes(tmp_path)) == [Path("results/smoke/densenet_cifar/DN-High/joint-1/trial0")]
+    assert script(train_densenet_cifar, *arguments)[0] == 0 and len(outcomes(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(script, jobs):
+    """A limit of 100 kB a file stands in for the disk: weights of 3 MB do not fit."""
+    command = ("--preset", "smoke", "--only", "256x4H", "--lambdas", 0, "--trials", jobs, "--epochs", 2, "--jobs", jobs)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        status, _, err = script(train_mlp_fmnist, *command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and err.count("\n") == 1 and "weights.pt: File too large; finished runs are kept" in err
+    assert not [*Path().rglob("weights.pt"), *Path().rglob("run.json")]
     assert script(train_mlp_fmnist, *command)[0] == 0
-    assert len(list(disk.rglob("run.json"))) == trials
-
-
-def test_a_read_only_disk(script, mounted):
-    disk = mounted("ro")
-    status, _, err = script(train_mlp_fmnist, *TINY, "--results", disk)
-    assert status == 2 and err.count("\n") == 1
-    assert err.startswith(f"error: {disk} cannot be written: Read-only file system")
-
-
-# --- The same numbers every time -----------------------------------------------------------------
-
-
-def test_deterministic_algorithms_are_enough_for_every_network(script):
-    """None is missing, which would raise an error; on the CPU nothing changes by them."""
-    records = []
-    for flags in ((), ("--deterministic",)):
-        for module, only in ((train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"),
-                             (train_convnet_cifar, "ConvNet-0.07M")):
-            assert script(module, "--preset", "smoke", "--trials", 1, "--epochs", 1, "--methods", "joint", "bagging",
-                          "--lambdas", 0.5, "--only", only, *flags)[0] == 0
-        assert not (flags and torch.utils.deterministic.fill_uninitialized_memory)     # it would fill every new tensor
-        torch.use_deterministic_algorithms(False)
-        records.append({path: folders.read_run(path.parent) for path in Path("results").rglob("run.json")})
-        shutil.rmtree("results")
-    assert records[0].keys() == records[1].keys() and len(records[0]) == 6
-    for path, record in records[0].items():
-        assert record["sha256"] == records[1][path]["sha256"], path
-        assert (record["machine"]["deterministic"], records[1][path]["machine"]["deterministic"]) == (False, True)
-
-
-def test_an_operation_that_is_not_deterministic_gets_advice_that_fits():
-    """In a network of one's own; the words are PyTorch's."""
-    run = study.Run("test", "mine", "own", "joint", 0, 0, {"batch": 4}, False)
-    error = ("avg_pool3d_backward_cuda does not have a deterministic implementation, but you set "
-             "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or")
-    words = ("^own lambda 0 trial 0: --deterministic: avg_pool3d_backward_cuda does not have a deterministic "
-             "implementation: use another operation in the network, or leave --deterministic out$")
-    with pytest.raises(common.Refused, match=words), study.fix_told(run):
-        raise RuntimeError(error)
+    assert len(list(Path().rglob("run.json"))) == jobs
