@@ -323,7 +323,8 @@ def joint_loss(member_logits, targets, lam):
 
     member_logits (N, M, K); targets (N,), or probabilities (N, K). Eq. 9, its gradient with respect to the logits of
     member j for one example: ((1 - lambda) q_j + lambda q-bar - y) / (N M), with q_j the softmax of member j, q-bar
-    that of the mean logits, y the one-hot label. This is the loss that trains: edit it, and the edited one does.
+    that of the mean logits, y the one-hot label. fast.joint_loss stands in while both agree:
+    edit this one, and it trains.
     """
     members = member_logits.shape[1]
     ensemble_loss = F.cross_entropy(member_logits.mean(1), targets)
@@ -373,16 +374,17 @@ class Ensemble(nn.Module):
         for part in self.members.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.momentum is not None:
                 part.num_batches_tracked = None         # nobody reads it, and a GPU spends a kernel a layer on it
-        self.to(memory_format=torch.channels_last)
         self.bf16, self.at_once, self.joined = precision == "bf16", at_once, None
+        self.to(memory_format=torch.channels_last)
 
     def _apply(self, fn, recurse=True):
-        self.joined = None              # on another device or in another type it would be of other weights
-        return super()._apply(fn, recurse)
+        moved = super()._apply(fn, recurse)         # to another device, whose weights it joins
+        on_cuda = next(self.parameters()).is_cuda
+        self.joined = self.at_once(self.members, self.bf16) if self.at_once and on_cuda else None
+        return moved
 
     def forward(self, images):
-        if self.at_once and images.is_cuda:
-            self.joined = self.joined or self.at_once(self.members, self.bf16)
+        if self.joined:
             return self.joined(images)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -477,6 +479,7 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
     batches, scores = Batches(run, data, training), Scores(s["members"], data.device)
     parts = {"ensemble": ensemble, "optimizer": optimizer, "schedule": schedule, "batches": batches}
     history, best = checkpoint.resume(parts) if checkpoint else ([], None)
+    lay_out_momenta(optimizer)
     step = stepper(run, ensemble, optimizer, scores, batches, eager, loss)
 
     for epoch in range(len(history) + 1, s["epochs"] + 1):
@@ -513,13 +516,20 @@ def new_ensemble(build, run, data):
                                      weight_decay=s["weight_decay"], fused=True)
 
 
-def stepper(run, ensemble, optimizer, scores, batches, eager=False, loss=None):
-    """A function of rows (N,) that takes a training step, on joint_loss or on an Experiment's own `loss`.
+def lay_out_momenta(optimizer):
+    """Lays each momentum out in memory as its weight, as fused SGD takes it: a checkpoint may be of another device."""
+    for weight, state in optimizer.state.items():
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"] = torch.empty_like(weight).copy_(state["momentum_buffer"])
+
+
+def stepper(run, ensemble, optimizer, scores, batches, eager=False, own_loss=None):
+    """A function of rows (N,) that takes a training step, on joint_loss or on an Experiment's own loss.
 
     On CUDA it replays a captured step, unless `eager`. Such a step reads and writes fixed addresses: moves, rate and
     scores change in place, and a shorter last batch is taken eagerly. Raises fast.CannotCapture.
     """
-    losses_of, device = losses_that_run(loss), batches.labels.device
+    losses_of, device = losses_that_run(own_loss), batches.labels.device
 
     def step(rows):
         images, targets, weights = batches.take(rows)

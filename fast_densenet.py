@@ -354,31 +354,29 @@ class DenseBlock(torch.autograd.Function):
         old, new = g.contiguous(), torch.empty_like(features)       # (the first `old` is not ours to write to)
         affine, taps = weights[0].new_zeros(2, members, total), new.new_empty(members, 3 * growth, p)
         counts = torch.zeros(layers, 1 + plan.chunks, members, dtype=torch.int32, device=g.device)
-        rows, gradients = empty(members * 2 * max(plan.fewer * 4 * growth, plan.few * total)), []
-        end1, end2 = (sum(w.numel() for w in weights[at::6]) for at in (2, 5))
-        of_w1, of_w2 = empty(plan.few, end1), empty(plan.fewer, end2)
+        rows = empty(members * 2 * max(plan.fewer * 4 * growth, plan.few * total))
+        sizes1, sizes2 = ([w.numel() for w in weights[at::6]] for at in (2, 5))
+        of_w1, of_w2 = empty(plan.few, sum(sizes1)), empty(plan.fewer, sum(sizes2))
+        gradients = [torch.empty_like(w) for w in weights]          # those of w, at 2 and 5, come last
         for i in reversed(range(layers)):
             c -= growth
             gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
+            of_gamma1, of_beta1, _, of_gamma2, of_beta2, _ = gradients[6 * i:6 * i + 6]
             u, at, of_a = bottlenecks[i], theirs[2 * i:2 * i + 2], torch.empty_like(bottlenecks[i])
-            of_gamma1, of_beta1, of_gamma2, of_beta2 = (torch.empty_like(w) for w in (gamma1, beta1, gamma2, beta2))
-            end1, end2, chunks = end1 - w1.numel(), end2 - w2.numel(), triton.cdiv(c, WIDEST)
+            chunks = triton.cdiv(c, WIDEST)
             size = triton.cdiv(c, chunks)
-            wide = max(16, triton.next_power_of_2(size))
+            padded = max(16, triton.next_power_of_2(size))
             spread[triton.cdiv(p, TILE), members](old, features, *affine, taps, c, total, p, **plan.spread)
             conv_backward[plan.fewer, members](
-                taps, u, *at, gamma2, beta2, w2, of_a, rows, counts[i], of_gamma2, of_beta2, of_w2[:, end2:], p,
-                plan.more, of_w2.shape[1], **plan.conv_backward)
+                taps, u, *at, gamma2, beta2, w2, of_a, rows, counts[i], of_gamma2, of_beta2,
+                of_w2[:, sum(sizes2[:i]):], p, plan.more, of_w2.shape[1], **plan.conv_backward)
             bottleneck_backward[plan.few, chunks, members](
                 of_a, u, *at, gamma2, of_gamma2, of_beta2, features, mean, variance, gamma1, beta1, w1, old, new,
-                *affine, rows, counts[i, 1:], of_gamma1, of_beta1, of_w1[:, end1:], c, total, p, plan.most,
-                of_w1.shape[1], size, BC=wide, num_warps=8 if wide > 64 else 4, **plan.bottleneck_backward)
+                *affine, rows, counts[i, 1:], of_gamma1, of_beta1, of_w1[:, sum(sizes1[:i]):], c, total, p, plan.most,
+                of_w1.shape[1], size, BC=padded, num_warps=8 if padded > 64 else 4, **plan.bottleneck_backward)
             old = new
-            gradients = [of_gamma1, of_beta1, end1, of_gamma2, of_beta2, end2, *gradients]
-        of_w = of_w1.sum(0), of_w2.sum(0)
-        for at in range(2, len(weights), 3):
-            place = gradients[at]
-            gradients[at] = of_w[at % 6 // 5][place:place + weights[at].numel()].view_as(weights[at])
+        gradients[2::6] = [g.view_as(w) for g, w in zip(of_w1.sum(0).split(sizes1), weights[2::6], strict=True)]
+        gradients[5::6] = [g.view_as(w) for g, w in zip(of_w2.sum(0).split(sizes2), weights[5::6], strict=True)]
         slope, bias = affine[:, :, :c, None]
         of_x = new[:, :c] + bias + slope * features[:, :c]
         return of_x.to(g.dtype), None, None, None, *gradients

@@ -70,7 +70,8 @@ def runs_to_measure(preset, args, repeats):
                 and (not figures or any(folder.parent.name in figure.get(name, ()) for figure in figures))):
             settings = {"drop": args.drop, "repeats": repeats, "seed": args.seed, "trained": record["settings"],
                         "weights": hashlib.sha256(weights.read_bytes()).hexdigest()}    # other weights are another run
-            run = plan.Run(preset, f"robustness-{args.drop}", name, "joint", lam, trial, settings, weights=False)
+            own = "" if record["experiment"] == "mlp_fmnist" else f"-{record['experiment']}"
+            run = plan.Run(preset, f"robustness-{args.drop}{own}", name, "joint", lam, trial, settings, weights=False)
             yield run, record, folder
 
 

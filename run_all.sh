@@ -27,7 +27,9 @@ while [ $# -gt 0 ]; do
   while [[ $option == --* && $# -gt 0 && $1 != --* ]]; do option+=("$1"); shift; done
   case $option in
     -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "$here/run_all.sh"; exit 0 ;;
-    --dry-run) dry=yes ;;
+    --dry-run) [ ${#option[@]} = 1 ] || refuse "${option[1]}: the preset comes first, before the options"
+       dry=yes ;;
+    --figures-dir|--results|--data-dir) [ ${#option[@]} = 2 ] || refuse "$option: one folder was expected" ;;&
     --figures-dir) draw+=("${option[@]}") ;;
     --results) train+=("${option[@]}") drop+=("${option[@]}") draw+=("${option[@]}") ;;
     --data-dir|--device|--seed|--jobs) train+=("${option[@]}") drop+=("${option[@]}") ;;

@@ -62,7 +62,9 @@ def densenet_bc(depth, growth, channels, classes):
 
 
 def at_once(members, bf16):
-    """The members as one on CUDA: images -> member logits."""
+    """The members as one on CUDA: images -> member logits. None on a card older than the one measured: the loop."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        return None
     from fast_densenet import DenseNets  # needs Triton, which torch brings where it can use a GPU
     return DenseNets(members, bf16)
 
@@ -85,7 +87,7 @@ def build(settings, shape, classes, generator):
 
 # presets.yaml names all runs, in the block densenet_cifar; common.train trains each of them, on Eq. 4,
 # common.joint_loss. FIGURES says which of them a figure draws; `joint` stands for every lambda of the preset.
-EVERY = ["joint", "independent", "bagging", "stacking"]
+EVERY = ["joint", "independent", "bagging", "stacking"]      # independent: lambda 0, each member at the rate lr itself
 FIGURES = {
     "table2": {"DN-Low": EVERY, "DN-Mid": EVERY, "DN-High": EVERY},
     "6": {"DN-High": ["joint"]},

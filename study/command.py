@@ -62,8 +62,10 @@ def summary_line(run, result):
     if result["diverged_at_epoch"] is not None:
         return f"{run.label}: DIVERGED at epoch {result['diverged_at_epoch']}"
     remark = f"epoch {result['epoch']}" if "epoch" in result else f"penalty {result['penalty']:g}"
-    if result.get("penalty_is_outermost") or result.get("fits_not_converged"):
-        remark += ", at an end of the grid, or fits that did not converge: try other `penalties` in presets.yaml"
+    if result.get("penalty_is_outermost"):
+        remark += ", at an end of the grid: widen `penalties` in presets.yaml"
+    if result.get("fits_not_converged"):
+        remark += f", {result['fits_not_converged']} fits did not converge: try other `penalties`"
     return f"{run.label}: test error {100 * result['test_ensemble_error']:.2f} % ({remark})"
 
 
@@ -259,7 +261,7 @@ def run_at_once(to_do, results, do, jobs, seconds):
 
     def attempt(run, say):
         """The line on a run, or None if it is skipped."""
-        if run.method == "stacking" and not (results / run.path_of_members / "run.json").exists():
+        if run.method == "stacking" and not folders.has_members(results / run.path_of_members):
             return None
         with folders.locked(results / run.path) as mine:
             if not mine:
@@ -335,7 +337,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with the docstring as it stands, and bad arguments refused in one line."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)        # run_all.sh hands each script the flags that it knows
 
     def error(self, message):
         raise Refused(f"{message}; see --help")
@@ -434,7 +437,7 @@ def prepare(experiment, args):
     def data_of(run):
         return data[run.settings["classes"]]
 
-    if loss := experiment.loss_setting:
+    if loss := experiment.loss_setting(min(each.classes for each in data.values())):
         print(f"loss: {loss['loss']} trains as it is written, in place of Eq. 4 and its quick form", flush=True)
     runs = [replace(run, settings=run.settings | {"data": data_of(run).description} | loss) for run in runs]
     return block, data_of, plan.shard(runs, *args.shard)

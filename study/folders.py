@@ -42,12 +42,13 @@ def find_data(name, policy, data_dir=None, may_download=True):
         if data_dir is not None:
             raise Refused(f"--data-dir {data_dir}: the data is to be synthetic: add --data real, or leave it out")
         return None
-    places = {"data/": common.DATA_DIR, "the system's package": dataset.system or common.DATA_DIR}
+    places = {"data/": common.DATA_DIR, "the system's package": dataset.system}
     for origin, folder in places.items() if data_dir is None else [("--data-dir", Path(data_dir))]:
-        if data := dataset.read(folder):
+        if folder and (data := dataset.read(folder)):
             return replace(data, origin=origin)
     if data_dir is not None:
-        raise Refused(f"--data-dir {data_dir} has no files of {name}: leave it out to download them; {dataset.ways}")
+        there = "has no files of" if Path(data_dir).is_dir() else "is no folder: it should have"
+        raise Refused(f"--data-dir {data_dir} {there} {name}: leave it out to search and download; {dataset.ways}")
     if not may_download:
         return None
     try:
@@ -72,7 +73,8 @@ def download(name):
             for part in (True, False):
                 getattr(torchvision.datasets, dataset.torchvision)(scratch, train=part, download=True)
             for path in Path(scratch).iterdir():
-                path.rename(common.DATA_DIR / path.name)
+                if not (common.DATA_DIR / path.name).exists():      # another command was quicker
+                    path.rename(common.DATA_DIR / path.name)
     except (OSError, RuntimeError) as error:
         raise Refused(f"{name} is not on disk, and its download failed ({' '.join(str(error).split())}): be online and "
                       f"run this again, or {dataset.ways}") from error
@@ -95,9 +97,13 @@ def cut_data(data, name, policy, settings):
         data = common.first_classes(data, classes)
     n, tests, name = len(data.train_labels), len(data.test_labels), data.description["name"]
     train = s["train"] or max(n - s["validation"], 1)
-    if classes > dataset.classes or train + s["validation"] > n or s["batch"] > train or (s["test"] or 0) > tests:
-        raise Refused(f"classes {classes}, train {s['train']}, validation {s['validation']}, test {s['test']} or batch "
-                      f"{s['batch']} exceeds {name}: {dataset.classes} classes, {n} training, {tests} test images")
+    for what, asked, most, of in (
+            (f"classes {classes}", classes, dataset.classes, "classes"),
+            (f"train {train} and validation {s['validation']}", train + s["validation"], n, "training images"),
+            (f"batch {s['batch']}", s["batch"], train, "images to train on"),
+            (f"test {s['test']}", s["test"] or 0, tests, "test images")):
+        if asked > most:
+            raise Refused(f"{what}: more than the {most} {of} of {name}; lower it with --set or in presets.yaml")
     return replace(data, test_images=data.test_images[:s["test"]], test_labels=data.test_labels[:s["test"]])
 
 
@@ -217,6 +223,12 @@ def read_whole_run(folder):
         if (folder / "weights.pt").exists():
             check_zip(folder / "weights.pt")
     return record
+
+
+def has_members(folder):
+    """Is this run finished, with weights that stacking can combine? One that diverged has none to wait for."""
+    record = read_run(folder)
+    return bool(record) and (record["result"]["diverged_at_epoch"] is not None or (folder / "weights.pt").exists())
 
 
 def load_history(folder):

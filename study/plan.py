@@ -177,14 +177,22 @@ class Experiment:
     loss: object = None
     weights: tuple = ()
 
-    @property
-    def loss_setting(self):
-        """The setting `loss` of runs on another loss than Eq. 4, a name and a hash of its source: they never mix."""
+    def loss_setting(self, classes):
+        """The setting `loss` of runs on another loss than Eq. 4: a name, and a hash of its values on fixed logits.
+
+        Runs of two losses never mix, be it that a constant in a helper differs. classes: as many as the data has.
+        """
         if common.losses_that_run(self.loss) is fast.joint_loss:
             return {}
-        source = "".join(map(inspect.getsource, [self.loss] if self.loss else [common.joint_loss, common.losses]))
-        loss = self.loss or common.joint_loss
-        return {"loss": f"{loss.__name__} {hashlib.sha256(source.encode()).hexdigest()[:8]}"}
+        loss, generator = self.loss or common.joint_loss, torch.Generator().manual_seed(0)
+        logits = torch.randn(64, 3, classes, generator=generator)
+        targets = torch.randint(classes, (64,), generator=generator)
+        values = [loss(scale * logits, targets, lam) for scale in (0.1, 1, 10) for lam in (0, 0.5, 1)]
+        if shapes := {tuple(value.shape) for value in values} - {()}:
+            raise Refused(f"the loss of {self.name} has the shape {shapes.pop()}: one number was expected")
+        words = [f"{value.item():.4g}" for value in values] + [inspect.getsource(common.losses)]
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()
+        return {"loss": f"{getattr(loss, '__name__', type(loss).__name__)} {digest[:8]}"}
 
 
 def experiment_of(name):

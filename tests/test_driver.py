@@ -63,7 +63,7 @@ def test_any_shell_and_a_link_start_it(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["quik"], "did you mean quick?"), (["quick", "smoke"], "one preset at a time"), (["smoke", "--jobs=x"], "'x'")])
+    (["quik", "--jobs=2"], "did you mean quick?"), (["quick", "smoke"], "one preset at a time")])
 def test_it_refuses_in_one_line_before_any_stage(tmp_path, arguments, words):
     done = driver(tmp_path, *arguments)
     assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1 and words in done.stderr

@@ -1,8 +1,5 @@
 """Each function of fast.py gives what its plain twin gives: values, gradients, trained weights."""
 
-import contextlib
-import types
-
 import common
 import fast
 from study import command, plan
@@ -72,13 +69,11 @@ def test_the_predicted_class_is_the_first_of_the_highest(values):
 
 EQ_4, STEPS = common.joint_loss, iter(range(10 ** 6))
 EDITED = {
-    "1 - lambda": lambda z, y, lam: EQ_4(z, y, 1 - lam),
     "another lambda": lambda z, y, lam: EQ_4(z, y, min(lam, 0.95)),
     "schedule": lambda z, y, lam: EQ_4(z, y, lam * (next(STEPS) > 9)),
     "clamp": lambda z, y, lam: EQ_4(z.clamp(-100, 100), y, lam),
     "cap": lambda z, y, lam: EQ_4(z, y, lam).clamp(max=100),
     "flooding": lambda z, y, lam: (EQ_4(z, y, lam) - 0.01).abs() + 0.01,                # of examples that are right
-    "decay": lambda z, y, lam: EQ_4(z, y, lam) + 1e-4 * z.square().mean(),
     "gradient": lambda z, y, lam: EQ_4(z, y, lam).detach() + 0 * z.sum(),
     "of ten classes": lambda z, y, lam: F.cross_entropy(z.mean(1), y, torch.ones(10)),
 }
@@ -90,30 +85,28 @@ def written_out(z, y, lam):
 
 
 @pytest.fixture
-def new_loss(monkeypatch):
-    """A function that puts another loss in the place of Eq. 4."""
+def edit(monkeypatch):
+    """A function that puts another one in the place of a function of common.py."""
     fast.agrees_with.cache_clear()
-    yield lambda loss: monkeypatch.setattr(common, "joint_loss", loss)
+    yield lambda name, function: monkeypatch.setattr(common, name, function)
     fast.agrees_with.cache_clear()
 
 
-@pytest.mark.parametrize("loss", [EQ_4, written_out])
-def test_the_quick_form_is_what_runs(new_loss, loss):
-    new_loss(loss)
+def test_the_quick_form_runs_in_place_of_eq_4_however_it_is_written(edit):
+    edit("joint_loss", written_out)
     assert common.losses_that_run() is fast.joint_loss
     assert common.losses_that_run(own=EQ_4) is not fast.joint_loss          # an Experiment's own: as it is
 
 
 @pytest.mark.parametrize("name", EDITED)
-def test_an_edited_loss_runs_in_place_of_the_quick_form(new_loss, name):
-    new_loss(EDITED[name])
+def test_an_edited_loss_runs_in_place_of_the_quick_form(edit, name):
+    edit("joint_loss", EDITED[name])
     assert common.losses_that_run() is not fast.joint_loss
 
 
-def test_an_edited_loss_of_bagging_is_seen(monkeypatch):
+def test_an_edited_loss_of_bagging_does_so_too(edit):
     plain = common.losses
-    monkeypatch.setattr(common, "losses", lambda z, y, lam, weights=None: plain(
-        z, y, lam, None if weights is None else weights.sqrt()))
+    edit("losses", lambda z, y, lam, weights=None: plain(z, y, lam, None if weights is None else weights.sqrt()))
     assert common.losses_that_run() is not fast.joint_loss
 
 
@@ -217,34 +210,12 @@ def test_a_step_that_cannot_be_captured_is_refused_and_eager_takes_it(data, monk
     assert command.seconds_of_step(experiment, a_run(), data, True) > 0
 
 
-@pytest.mark.parametrize("where", ["warm_up", "record"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")], ids=str)
-def test_too_little_memory_is_no_failed_capture(data, monkeypatch, where, error):
+def test_too_little_memory_is_no_failed_capture(data, monkeypatch, error):
     captures(monkeypatch)
-    monkeypatch.setattr(fast, where, lambda work: masked(error))
+    monkeypatch.setattr(fast, "record", lambda work: masked(error))
     with pytest.raises(RuntimeError) as raised:
         train(a_run(), data)
     assert fast.out_of_memory(raised.value) and not isinstance(raised.value, fast.CannotCapture)
 
-
-# --- Members on streams --------------------------------------------------------------------------
-
-
-def test_members_fork_from_one_stream_and_join_it(monkeypatch):
-    log = []
-
-    def stand_in(name):
-        return types.SimpleNamespace(name=name, wait_stream=lambda other: log.append(f"{name} waits for {other.name}"))
-
-    @contextlib.contextmanager
-    def stream(which):
-        log.append(f"on {which.name}")
-        yield
-    main, *side = map(stand_in, ("main", "side 0", "side 1"))
-    monkeypatch.setattr(fast, "streams", lambda count: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    assert fast.side_by_side(lambda m: m, 3, OnCuda("cpu")) == [0, 1, 2]
-    assert log == ["side 0 waits for main", "side 1 waits for main", "on side 0", "on side 1", "on side 0",
-                   "main waits for side 0", "main waits for side 1"]

@@ -10,7 +10,7 @@ import make_figures
 import train_convnet_cifar
 import train_densenet_cifar
 import train_mlp_fmnist
-from study import claims, command, finished, folders, plan
+from study import command, finished, folders, plan
 from study.finished import FinishedRuns
 
 import numpy as np
@@ -66,7 +66,7 @@ def test_fig9_and_robustness_equal_the_run_folders(smoke_study):
 def test_fig5_equals_the_weights(smoke_study):
     rows = table(smoke_study, "fig5")
     assert len(rows) == 2 * 2 * 10
-    for row in rows:
+    for row in rows[::3]:               # of all runs; each builds the initial network
         record, folder = runs_of(smoke_study, row, "convnet_cifar")[int(row["trial"])]
         run = plan.Run("", "convnet_cifar", row["configuration"], "joint", 0, int(row["trial"]), {"seed": 0}, False)
         start = train_convnet_cifar.build(record["settings"], (3, 32, 32), 100, run.generator("initialisation"))
@@ -79,7 +79,7 @@ def test_fig5_equals_the_weights(smoke_study):
 
 def test_fig6_equals_the_histories(smoke_study):
     rows, numbers = table(smoke_study, "fig6"), table(smoke_study, "fig6-dominance")
-    assert len(numbers) == 2 * (4 + 7)
+    assert len(numbers) == 2 * (4 + 7) and "same" not in numbers[0]         # of few epochs none is early
     for row in numbers:
         experiment = "densenet_cifar" if row["configuration"] == "DN-High" else "mlp_fmnist"
         record, folder = runs_of(smoke_study, row, experiment)[int(row["trial"])]
@@ -93,19 +93,6 @@ def test_fig6_equals_the_histories(smoke_study):
         assert len(drawn) == 1 + len(test) and drawn["member 2"] == pytest.approx(100 * test[1])
     assert {(row["configuration"], row["part"]) for row in rows if row["epoch"] != "end"} == {
         ("DN-High", "train"), ("DN-High", "test"), ("256x4H", "train"), ("256x4H", "validation")}
-
-
-def test_the_early_gap_is_that_of_epoch_3_of_at_least_ten():
-    errors = np.full((10, 4), 0.9)
-    errors[2], errors[9] = (0.5, 0.8, 0.7, 0.9), (0.2, 0.6, 0.6, 0.1)
-    history = {"train_member_error": errors, "train_ensemble_error": errors.min(1),
-               "reported_test_member_error": errors[9]}
-    record = {"configuration": "DN-High", "lambda": 1, "trial": 0, "settings": {"epochs": 10},
-              "result": {"epoch": 10, "test_ensemble_error": 0.1}}
-    row = finished.dominance(record, history)
-    assert (row["best_member_at_epoch_3"], row["best_member_at_end"], row["same"]) == (1, 4, False)
-    assert row["gap_at_epoch_3"] == pytest.approx(20) and claims.ahead(row) == pytest.approx(10 - 20)
-    assert "same" not in finished.dominance(record | {"settings": {"epochs": 9}}, history)
 
 
 def test_the_tables(smoke_study):
@@ -134,12 +121,6 @@ def test_figures_draws_what_a_figure_reads(smoke_study, name):
               record["trial"]) for record in runs.used.values()}
     assert asked == {key for key in runs.planned(name) if name not in "78" or key[0] == "robustness-example"}
     assert not runs.missing(name)
-
-
-def test_numpy_reads_every_csv(smoke_study):
-    for path in (smoke_study / "figures/smoke").glob("[ft]*.csv"):
-        columns = np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8").dtype.names
-        assert "configuration" in columns and columns[-1] == "provenance", path
 
 
 def test_the_report_is_one_page_with_every_figure(smoke_study):
@@ -191,17 +172,13 @@ def altered(study, change, part="mlp_fmnist/256x4H/joint-0"):
     path.write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("key", ["epochs", "lr", "classes", "seed", "hidden", "loss"])
-def test_runs_of_other_settings_never_share_a_figure(smoke_study, script, key):
-    altered(smoke_study, lambda record: record["settings"].update({key: 99}))
-    status, _, err = script(make_figures, "fig2", "--preset", "smoke")
-    assert status == 2 and f"mixes runs with {key}" in err and err.count("\n") == 1
-
-
-def test_robustness_of_other_repeats_never_shares_a_mean(smoke_study, script):
-    altered(smoke_study, lambda record: record["settings"].update(repeats=99), "robustness-example/256x4H/joint-1")
-    status, _, err = script(make_figures, "7", "--preset", "smoke")
-    assert status == 2 and "mixes runs with repeats of robustness.py 3 and 99" in err
+@pytest.mark.parametrize("part, key, figure, words", [
+    *(("mlp_fmnist/256x4H/joint-0", key, "fig2", key) for key in ("epochs", "lr", "seed", "loss")),
+    ("robustness-example/256x4H/joint-1", "repeats", "7", "repeats of robustness.py 3 and 99")])
+def test_runs_of_other_settings_never_share_a_figure(smoke_study, script, part, key, figure, words):
+    altered(smoke_study, lambda record: record["settings"].update({key: 99}), part)
+    status, _, err = script(make_figures, figure, "--preset", "smoke")
+    assert status == 2 and f"mixes runs with {words}" in err and err.count("\n") == 1
 
 
 def test_a_diverged_run_is_counted_and_not_averaged(smoke_study, script, tmp_path):
@@ -255,6 +232,9 @@ def test_what_is_at_chance_says_so_across_its_face(tmp_path):
         make_figures.save_figure(fig, "", tmp_path / "figure", at_chance)
         assert any("level of guessing" in text.get_text() for text in fig.texts) == at_chance
     make_figures.plt.close("all")
+
+
+def test_chance_is_of_the_classes_that_are_left():
     for classes, share in (({"classes": 10}, 0.63 / 0.9), ({"classes": None}, 0.63 / 0.99), ({}, 0.63 / 0.99)):
         record = {"result": {"test_ensemble_error": 0.63}, "settings": {"dataset": "CIFAR-100", **classes}}
         assert finished.error_share(record, None) == pytest.approx(share)

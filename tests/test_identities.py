@@ -1,10 +1,12 @@
-"""The paper's identities and errata, on several random shapes: `pytest tests/test_identities.py -v`.
+"""The paper's equations, identities and errata, on several random shapes: `pytest tests/test_identities.py -v`.
 
-A test bears the name of its claim. C20 and E1 to E3 are wrong as printed: their tests show that, and the right form. N
-examples, M members, K classes; in double precision.
+A reader starts here. Member j predicts q_j, the softmax of its logits z_j; the ensemble predicts q-bar, the softmax of
+the mean logits; y is the target. A test of a claim bears its name. C20 and E1 to E3 are wrong as printed: their tests
+show that, and the right form. N examples, M members, K classes; in double precision.
 """
 
 import common
+import fast
 from study import command, plan
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 MEMBERS = (2, 4, 9)
-JOINT_LOSS = common.joint_loss          # whatever a test puts in its place
+LAMBDAS = (0, 0.3, 0.5, 0.95, 1)
 
 
 def examples():
@@ -21,6 +23,15 @@ def examples():
     for n, members, classes in ((7, 5, 4), (3, 2, 10), (11, 8, 3)):
         yield (3 * torch.randn(n, members, classes, generator=g, dtype=torch.double),
                torch.randint(classes, (n,), generator=g))
+
+
+def targets(z, y):
+    """The targets of logits z as classes y (N,), as the same in probabilities (N, K), and as others that are soft."""
+    return y, F.one_hot(y, z.shape[2]).double(), z.flip(0).mean(1).softmax(-1)
+
+
+def probabilities(z, y):
+    return y if y.dim() == 2 else F.one_hot(y, z.shape[2]).double()
 
 
 def divergence(log_p, log_q):
@@ -63,28 +74,63 @@ def eigenvalues(lam, members):
     return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, eta))
 
 
-def test_C15_the_two_forms_of_the_loss_are_equal():
-    def eq5(z, y, lam):
-        log_q, log_q_bar = z.log_softmax(-1), z.mean(1, keepdim=True).log_softmax(-1)
-        members = F.nll_loss(log_q.flatten(0, 1), y.repeat_interleave(z.shape[1]))      # p is one-hot
-        return members - lam * divergence(log_q_bar, log_q).mean()
+# --- The equations of what trains and is measured ------------------------------------------------
 
+
+def test_eq_3_the_softmax_of_the_mean_logits_is_the_normalised_geometric_mean():
     for z, y in examples():
-        for lam in (0, 0.3, 0.95, 1):
-            assert abs(common.joint_loss(z, y, lam) - eq5(z, y, lam)) < 1e-12
-            ours, theirs = (gradient(lambda z, loss=loss, y=y, lam=lam: loss(z, y, lam), z)
-                            for loss in (common.joint_loss, eq5))
-            assert farthest(ours, theirs) < 1e-12
+        n, members, _ = z.shape
+        product = z.softmax(-1).prod(1) ** (1 / members)
+        q_bar = product / product.sum(-1, keepdim=True)
+        assert farthest(fast.cross_entropies(z, y)[0], -q_bar[range(n), y].log()) < 1e-12
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda z, y, lam: JOINT_LOSS(z, y, lam / 2),
-    lambda z, y, lam: lam * F.nll_loss(z.softmax(2).mean(1).log(), y) + (1 - lam) * JOINT_LOSS(z, y, 0)],
-    ids=["half of lambda", "arithmetic mean"])
-def test_C15_sees_a_wrong_loss(monkeypatch, wrong):
-    monkeypatch.setattr(common, "joint_loss", wrong)
-    with pytest.raises(AssertionError):
-        test_C15_the_two_forms_of_the_loss_are_equal()
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_the_gradient_is_eq_9(lam):
+    """(1 - lambda) q_j + lambda q-bar - y, over M N. It holds for the plain loss and for the one that runs."""
+    for z, classes in examples():
+        q, q_bar = z.softmax(-1), z.mean(1, keepdim=True).softmax(-1)
+        for y in targets(z, classes):
+            eq9 = ((1 - lam) * q + lam * q_bar - probabilities(z, y)[:, None]) / (z.shape[0] * z.shape[1])
+            assert farthest(gradient(lambda z, y=y: common.joint_loss(z, y, lam), z), eq9) < 1e-15
+            if y is classes:
+                assert farthest(gradient(lambda z, y=y: fast.joint_loss(z, y, lam)[0], z), eq9) < 1e-15
+
+
+def test_scores_are_exact_counts_and_diversity_is_eq_7():
+    """Eq. 7: the loss of the ensemble is the mean loss of its members minus their diversity, mean D(q-bar || q_j)."""
+    z, _ = next(examples())
+    n, members, classes = z.shape
+    y = z.mean(1).argmax(1)
+    y[0] = (y[0] + 1) % classes                                             # the ensemble has one example wrong
+    scores = common.Scores(members, "cpu")
+    for rows in torch.arange(n).split(3):                                   # 3, 3 and 1 examples
+        scores.add(z[rows], y[rows], *fast.cross_entropies(z[rows], y[rows]))
+    s = scores.summary()
+    wrong = (z.argmax(2) != y[:, None]).sum(0).tolist()
+    assert s["member_error"].tolist() == [count / n for count in wrong] and min(wrong) > 1
+    assert s["mean_member_error"] == pytest.approx(sum(wrong) / (members * n)) and s["ensemble_error"] == 1 / n
+    assert s["member_loss"].tolist() == pytest.approx([F.cross_entropy(z[:, m], y).item() for m in range(members)])
+    assert s["mean_member_loss"] == pytest.approx(s["member_loss"].mean().item())
+    assert s["ensemble_loss"] == pytest.approx(F.cross_entropy(z.mean(1), y).item())
+    diversity = divergence(z.mean(1, keepdim=True).log_softmax(-1), z.log_softmax(-1)).mean().item()
+    assert s["diversity"] == pytest.approx(diversity) == pytest.approx(s["mean_member_loss"] - s["ensemble_loss"])
+
+
+# --- Claims --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_C15_the_two_forms_of_the_loss_are_equal(lam):
+    """lambda CE(y, q-bar) + (1 - lambda) mean CE(y, q_j) = mean CE(y, q_j) - lambda mean D(q-bar || q_j)."""
+    for z, classes in examples():
+        log_q, log_q_bar = z.log_softmax(-1), z.mean(1, keepdim=True).log_softmax(-1)
+        for y in targets(z, classes):
+            p = probabilities(z, y)
+            members, loss = -(p[:, None] * log_q).sum(-1).mean(), common.joint_loss(z, y, lam)
+            eq4 = lam * -(p * log_q_bar[:, 0]).sum(-1).mean() + (1 - lam) * members
+            eq5 = members - lam * divergence(log_q_bar, log_q).mean()
+            assert abs(loss - eq4) < 1e-12 and abs(loss - eq5) < 1e-12
 
 
 @pytest.mark.parametrize("lam", [0.1, 0.5, 0.9, 0.99])

@@ -143,8 +143,8 @@ def folder(smoke_study, script):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["run.json", "history.npz", "weights.pt"])
+@pytest.mark.parametrize("name, damage", [
+    *(("run.json", damage) for damage in DAMAGE), ("history.npz", DAMAGE[1]), ("weights.pt", garbled)])
 def test_a_damaged_run_is_never_read_and_is_made_anew(script, folder, name, damage):
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / name).write_bytes(damage(whole[name]))
@@ -173,9 +173,6 @@ def test_a_run_without_its_weights_is_trained_again_only_for_who_needs_them(scri
     assert left(train_mlp_fmnist, "--figure", 8, "--lambdas", 0) == ["64x16H lambda 0"]
     shutil.rmtree(place)
     assert left(*stacking) == ["DN-High lambda 0", "DN-High stacking"]
-    module, *arguments = stacking
-    assert script(module, "--preset", "smoke", "--trials", 1, *arguments)[0] == 0
-    assert outcomes(place.parent)[Path("trial0")] == outcomes(smoke_study / place.parent)[Path("trial0")]
 
 
 # --- A whole study, killed again and again, or trained by several commands -----------------------
@@ -202,40 +199,49 @@ def start(folder, jobs):
     return process
 
 
-def test_a_study_killed_again_and_again_equals_one_that_was_not(tmp_path, one_thread):
-    """kill -9, and the same command again. The second study trains in worker processes, which end with it."""
-    whole, began = start(tmp_path / "whole", 1), time.perf_counter()
-    whole.join(100)
-    took, expected = time.perf_counter() - began, outcomes(tmp_path / "whole" / "results")
-    assert whole.exitcode == 0 and len(expected) == 5
-    moments, states = random.Random(0), set()
-    for jobs in (1, 2):
-        folder, kills = tmp_path / f"{jobs}", 0
-        process = start(folder, jobs)
-        while process.exitcode != 0:
-            process.join(moments.uniform(0, took / 2) if kills < 5 else 100)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += 1
-                states.add((len(list(folder.rglob("checkpoint.pt"))), len(list(folder.rglob("run.json")))))
-            if process.exitcode:        # killed; or 1, while a worker of the one that was killed has yet to end
-                assert process.exitcode in (1, -9) and kills <= 5
-                process = start(folder, jobs)
-        assert outcomes(folder / "results") == expected
-        assert not [*folder.rglob("damaged-*"), *folder.rglob("checkpoint.pt")]
-    assert len(states) > 1, "killed always in the same state"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What STUDY leaves undisturbed."""
+    folder = tmp_path_factory.mktemp("study") / "whole"
+    torch.set_num_threads(1)
+    process = start(folder, 1)
+    process.join(100)
+    expected = outcomes(folder / "results")
+    assert process.exitcode == 0 and len(expected) == 5
+    return expected
 
 
-def test_two_commands_at_one_folder_train_each_run_once(tmp_path, one_thread):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_study_killed_again_and_again_equals_one_that_was_not(tmp_path, whole, one_thread, jobs):
+    """kill -9 whenever it has come on, and the same command again. Workers, if there are, end with it."""
+    def state():
+        return len(list(tmp_path.rglob("checkpoint.pt"))), len(list(tmp_path.rglob("run.json")))
+    moments, states, process = random.Random(0), [], start(tmp_path / "study", jobs)
+    while process.exitcode != 0:
+        if len(states) < 4:
+            while process.exitcode is None and state() in states:
+                process.join(0.02)
+            process.join(moments.uniform(0, 0.3))
+            process.kill()
+            states.append(state())
+        process.join(100)
+        if process.exitcode:        # killed; or 1, while a worker of the one that was killed has yet to end
+            assert process.exitcode in (1, -9)
+            process = start(tmp_path / "study", jobs)
+    assert outcomes(tmp_path / "study/results") == whole
+    assert not [*tmp_path.rglob("damaged-*"), *tmp_path.rglob("checkpoint.pt")]
+    assert len(set(states)) > 1, "killed always in the same state"
+
+
+def test_two_commands_at_one_folder_train_each_run_once(tmp_path, whole, one_thread):
     """Each skips what the other trains, and ends with 1 if such a run is left."""
-    whole, pair = start(tmp_path / "whole", 2), [start(tmp_path / "pair", jobs) for jobs in (1, 2)]
+    pair = [start(tmp_path / "pair", jobs) for jobs in (1, 2)]
     while pair:
-        for process in (whole, *pair):
+        for process in pair:
             process.join(100)
         assert {process.exitcode for process in pair} <= {0, 1}
         pair = [start(tmp_path / "pair", 1)] if any(process.exitcode for process in pair) else []
-    assert outcomes(tmp_path / "pair" / "results") == outcomes(tmp_path / "whole" / "results")
+    assert outcomes(tmp_path / "pair" / "results") == whole
 
 
 # --- How a command ends --------------------------------------------------------------------------

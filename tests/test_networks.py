@@ -1,7 +1,5 @@
 """MLPs, DenseNets and ConvNets, and ensembles of them, against the definitions and stock networks."""
 
-import copy
-
 import common
 import train_convnet_cifar
 import train_densenet_cifar
@@ -22,10 +20,6 @@ from torchvision.transforms import functional as tv
 def paper(name):
     """The block of an experiment in the paper's preset."""
     return plan.experiment_settings(plan.load_preset("paper"), "paper", name)
-
-
-def count(network):
-    return sum(p.numel() for p in network.parameters())
 
 
 def ensemble(members=3, precision="fp32", seed=0):
@@ -83,7 +77,8 @@ def test_the_initial_weights_of_an_mlp_are_pytorchs_default():
     (train_convnet_cifar, "10xConvNet-0.29M", 10 * 290_660)])
 def test_every_configuration_has_the_counted_parameters(module, name, total):
     form = ((1, 28, 28), 10) if module is train_mlp_fmnist else ((3, 32, 32), 100)
-    assert count(module.build(paper(module.EXPERIMENT.name)["configurations"][name], *form, torch.Generator())) == total
+    settings = paper(module.EXPERIMENT.name)["configurations"][name]
+    assert sum(p.numel() for p in command.untrained_on_meta(module.build, settings, *form).parameters()) == total
 
 
 @pytest.mark.parametrize("batchnorm", [True, False])
@@ -109,31 +104,20 @@ def torchvisions_densenet(mine, depth, growth):
     return network.double()
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_densenet_bc_computes_what_torchvisions_densenet_does(training):
-    mine = densenet_bc(22, 6, 3, 10).double()
-    for p in mine.parameters():
-        nn.init.normal_(p, std=0.3)
-    other, x = torchvisions_densenet(mine, 22, 6), torch.randn(4, 3, 32, 32, dtype=torch.double)
-    y, z = (network.train(training)(x) for network in (mine, other))
-    equal(y, z, 1e-9)
-    for out in (y, z):
-        F.cross_entropy(out, torch.arange(4)).backward()
-    for p, q in zip(mine.parameters(), other.parameters(), strict=True):
-        equal(p.grad, q.grad, 1e-9)
-
-
 def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
-    """12 steps in float64, with crops, flips, momentum, weight decay and both falls of the rate: the same weights."""
+    """12 steps in float64, with crops, flips, momentum, weight decay and both falls of the rate: the same weights.
+
+    The same running statistics as well, and the same logits in evaluation.
+    """
     normalise = common.Data.normalise
     monkeypatch.setattr(common.Data, "normalise", lambda data, images: normalise(data, images).double())
     data = common.synthetic(10, (3, 16, 16), 60, 20)
     s = {key: paper("densenet_cifar")[key] for key in plan.SHARED} | {
-        "members": 1, "depth": 10, "growth": 4, "precision": "fp32", "lr": 0.1, "seed": 0, "epochs": 4, "batch": 20}
+        "members": 1, "depth": 16, "growth": 4, "precision": "fp32", "lr": 0.1, "seed": 0, "epochs": 4, "batch": 20}
     run = plan.Run("test", "densenet_cifar", "one", "joint", 1.0, 0, s, False)
     start, trained = (make(lambda *form: train_densenet_cifar.build(*form).double(), run, data)[0]
                       for make in (common.new_ensemble, common.train))
-    other = torchvisions_densenet(start, 10, 4)
+    other = torchvisions_densenet(start, 16, 4)
     sgd = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     order, augmentation = run.generator("order"), run.generator("augmentation")
     padded = F.pad(data.train_images, [4] * 4)
@@ -151,6 +135,8 @@ def test_one_densenet_trains_as_torchvisions_does(monkeypatch):
     for mine, theirs in ((trained.parameters(), other.parameters()), (trained.buffers(), statistics)):
         for p, q in zip(mine, theirs, strict=True):
             equal(p, q, 1e-8)
+    test_images = data.normalise(data.test_images)
+    equal(trained.eval()(test_images)[:, 0], other.eval()(test_images), 1e-8)
     assert not torch.equal(next(start.parameters()), next(trained.parameters()))
 
 
@@ -176,32 +162,6 @@ def test_initial_weights_are_of_the_generators_seed_and_leave_the_global_one_alo
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- An ensemble is M networks -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-def test_an_ensemble_equals_its_members_run_alone(shared, training):
-    """Logits, gradients and batch norm's running statistics over three batches, of shared images or of own ones."""
-    nets = ensemble().double()
-    alone = [copy.deepcopy(member).train(training) for member in nets.members]
-    upstream = torch.randn(6, 3, 7, dtype=torch.double)
-    for seed in range(3):
-        x = 2 + 3 * images(6, *(() if shared else (3,)), seed=seed).double()
-        logits = nets.train(training)(x)
-        logits.backward(upstream)
-        for m, network in enumerate(alone):
-            out = network(x if shared else x[:, m])
-            out.backward(upstream[:, m])
-            equal(logits[:, m], out)
-    for member, network in zip(nets.members, alone, strict=True):
-        for p, q in zip(member.parameters(), network.parameters(), strict=True):
-            equal(p.grad, q.grad, 1e-11)
-        for p, q in zip(member.buffers(), network.buffers(), strict=True):
-            equal(p, q)
-        assert (member[1].layers[0].running_mean.abs().max() > 0) == training
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_member_gets_a_copy_of_the_shared_images(precision):
     """Not of its own making either: one copy is kept for the backward pass of all members."""
@@ -212,7 +172,7 @@ def test_no_member_gets_a_copy_of_the_shared_images(precision):
     assert len(kept) == 3 and len({tensor.data_ptr() for tensor in kept}) == 1
 
 
-# --- Precision -----------------------------------------------------------------------------------
+# --- Memory and precision -----------------------------------------------------------------------------------
 
 
 def test_bf16_agrees_with_fp32_within_its_error():

@@ -61,18 +61,12 @@ def test_every_figure_and_table_has_its_row():
             assert (script in commands) == bool(wanted), (name, script)
 
 
-def test_every_claim_is_tested_and_what_is_printed_is_trained():
+def test_every_claim_is_tested():
     nothing = FinishedRuns(Path("nowhere"), "paper", "example")
     assert set(nothing.published["claims"]) == {*claims.EMPIRICAL, *claims.IDENTITIES, "E4"}
     assert {*claims.DIFFERENCES, *claims.FUNCTIONS} == {*claims.EMPIRICAL, *claims.EXPLORATORY}
     for name in claims.IDENTITIES:
         assert any(test.startswith(f"test_{name}_") for test in vars(test_identities)), name
-    for printed, experiment in (("table1", "densenet_cifar"), ("table4", "convnet_cifar")):
-        ours = nothing.paper[experiment]["configurations"]
-        for name, theirs in nothing.published[printed]["rows"].items():
-            shared = theirs.keys() & ours[name].keys()
-            assert shared >= ({"filters"} if printed == "table4" else {"depth", "growth", "members"})
-            assert {key: ours[name][key] for key in shared} == {key: theirs[key] for key in shared}
 
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -130,15 +124,6 @@ def same(one, other):
     if isinstance(one, float):
         return math.isclose(one, float(other), rel_tol=1e-6, abs_tol=1e-9) or (math.isnan(one) and other == "nan")
     return other == ("" if one is None else str(one))
-
-
-@pytest.mark.parametrize("preset, runs", [("quick", 104), ("overnight", 4)])
-def test_every_ensemble_of_expected_learns_and_no_record_names_a_folder_of_a_machine(preset, runs):
-    places = [path.parent for path in (ROOT / "expected" / preset / "results").rglob("run.json")]
-    records = {place: folders.read_run(place) for place in places}
-    shares = [finished.error_share(record, place) for place, record in records.items()]
-    assert len(shares) >= runs and min(shares) > 0 and max(shares) <= finished.LEARNING
-    assert {record.get("data_from") for record in records.values()} <= {None, "data/", "the system's package"}
 
 
 # --- A study of one's own: docs/own-study.md -----------------------------------------------------

@@ -6,11 +6,9 @@ What figures and verdicts make of them is in test_figures.py and test_verdicts.p
 import collections
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +23,7 @@ from study import command, folders, plan
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 TRAINING = {"mlp_fmnist": 2 * (1 + 3 * 7 + 2), "densenet_cifar": 2 * 3 * (4 + 3),
@@ -86,22 +85,11 @@ def test_a_run_says_all_that_decided_its_numbers(smoke_study):
         assert record["machine"]["threads"] == 1 and record["machine"].keys() >= {"device", "torch", "python", "commit"}
         if record["method"] == "stacking":
             continue
-        second = "validation" if s["validation"] else "test"
-        for part in ("train", second):
-            if part == "train" and s.get("bagging") == "resample":
-                continue                # members with images of their own form no ensemble there
-            for key in ("member_loss", "member_error"):
-                assert history[f"{part}_{key}"].shape == (s["epochs"], s["members"])
-            np.testing.assert_allclose(history[f"{part}_mean_member_loss"], history[f"{part}_member_loss"].mean(1),
-                                       rtol=1e-5)
-            np.testing.assert_allclose(history[f"{part}_diversity"], history[f"{part}_mean_member_loss"]
-                                       - history[f"{part}_ensemble_loss"], atol=1e-5)
-        assert history["reported_test_member_error"].shape == (s["members"],)
-        if second == "validation":
-            assert result["epoch"] == 1 + history["validation_ensemble_error"].argmin()
-            assert result["validation_error"] == pytest.approx(history["validation_ensemble_error"].min())
-        else:
-            assert result["epoch"] == s["epochs"]
+        per_member, per_epoch = (s["members"],), (s["epochs"], s["members"])
+        assert history["reported_test_member_error"].shape == per_member
+        assert history[f"{'validation' if s['validation'] else 'test'}_member_error"].shape == per_epoch
+        assert history["train_member_loss"].shape == per_epoch
+        assert 1 <= result["epoch"] <= s["epochs"]
 
 
 @pytest.mark.parametrize("module, arguments, jobs", [
@@ -135,8 +123,6 @@ def test_the_records_of_earlier_versions_are_finished_runs():
     there = {folder.relative_to(place) for folder in folders.run_folders(place, "paper/mlp_fmnist/*/*")}
     finished = {run.path for run in runs_of("paper", "mlp_fmnist") if folders.run_is_finished(run, place)}
     assert len(there) >= 72 and finished == there
-    for folder in folders.run_folders(folders.HERE / "expected", "*/results/*/*/*/*"):
-        assert folders.read_whole_run(folder)["settings"]["seed"] == 0
 
 
 # --- Which runs there are ------------------------------------------------------------------------
@@ -153,7 +139,7 @@ def test_of_the_methods_in_once_only_the_first_trial_is_planned():
     assert late == sorted(late) and {run.trial for run in runs[:late.index(True)]} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7, 500])
+@pytest.mark.parametrize("parts", [1, 3, 50])
 def test_shards_are_the_study_and_share_nothing(parts):
     runs = runs_of("paper", "mlp_fmnist")
     shards = [plan.shard(runs, part, parts) for part in range(parts)]
@@ -214,21 +200,18 @@ def test_a_run_in_the_folder_of_another_is_refused(smoke_study, script, copied_t
         assert status == 2 and f"smoke/mlp_fmnist/64x16H/{there}" in err and copied_to in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("where", ["checkout", "inside another", "nowhere"])
-def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch, where):
+def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
     def git(folder, *arguments):
         return subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
                               check=True, capture_output=True, text=True).stdout.strip()
     package = tmp_path / "package"
     (package / "study").mkdir(parents=True)
-    said = "no commit: not a checkout"
-    if where != "nowhere":
-        repository = package if where == "checkout" else tmp_path
+    monkeypatch.setattr(study, "__file__", str(package / "study/__init__.py"))
+    for repository in (tmp_path, package):
         git(repository, "init", "-q")
         git(repository, "commit", "-q", "--allow-empty", "-m", "one")
-        said = git(package, "describe", "--always") if where == "checkout" else said
-    monkeypatch.setattr(study, "__file__", str(package / "study/__init__.py"))
-    assert study.commit.__wrapped__() == said
+        own = git(package, "describe", "--always") if repository == package else "no commit: not a checkout"
+        assert study.commit.__wrapped__() == own
 
 
 # --- How many at once, and for how long ----------------------------------------------------------
@@ -267,20 +250,14 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
     assert said[-1] == "[4/4] c lambda 0 trial 3: ended, about 0:00:00 left" and len(said) == 8
 
 
-def test_deterministic_algorithms_are_enough_for_every_network(tmp_path):
+@pytest.mark.parametrize("module, only", [
+    (train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"), (train_convnet_cifar, "ConvNet-0.07M")])
+def test_deterministic_algorithms_are_enough_for_every_network(script, module, only):
     """None is missing, which would raise an error."""
-    code = """
-import sys
-from study import command
-import train_mlp_fmnist, train_densenet_cifar, train_convnet_cifar
-for module, only in ((train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"),
-                     (train_convnet_cifar, "ConvNet-0.07M")):
-    sys.argv[1:] = ["--preset", "smoke", "--trials", "1", "--epochs", "1", "--methods", "joint", "bagging",
-                    "--lambdas", "0.5", "--only", only, "--deterministic"]
-    command.command_line(module.main)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(folders.HERE)})
-    assert done.returncode == 0, done.stderr
-    found = records(tmp_path / "results")
-    assert len(found) == 6 and all(record["machine"]["deterministic"] for record, _ in found)
+    try:
+        status, _, err = script(module, "--preset", "smoke", "--trials", 1, "--epochs", 1, "--only", only, "--methods",
+                                "joint", "bagging", "--lambdas", 0.5, "--deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = records(Path("results"))
+    assert status == 0 and len(found) == 2 and all(record["machine"]["deterministic"] for record, _ in found), err

@@ -94,7 +94,7 @@ class MadeUp(FinishedRuns):
                 if it.fit is not None:
                     train = np.full(members, it.fit / 100)
                 first = 0.9 - it.gap / 100 * (np.arange(members) == it.early)
-                history = {"train_member_error": np.stack([first, first, first, train]),
+                history = {"train_member_error": np.stack([train, train, first, train]),
                            "train_ensemble_error": np.full(4, it.error / 100), "reported_test_member_error": test}
             elif key.startswith("10x"):
                 history["moved"] = torch.where(torch.arange(members) < it.moved, 1, 0.4)
