@@ -26,6 +26,8 @@ except (ImportError, RuntimeError, OSError) as error:       # RuntimeError: torc
     print(f"error: the packages cannot be imported ({str(error).splitlines()[0]}): `pip install -r requirements.txt`; "
           "or `bash run_all.sh`, which makes a .venv, and then `. .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:                           # PyTorch takes seconds
+    sys.exit(130)
 
 
 def choose_device(name, jobs=None):

@@ -72,7 +72,8 @@ last=$(sbatch --parsable --dependency="afterok:$job" --output="$work/last.out" r
   --results "$work/array" --figures-dir "$work/figures")
 while squeue -h -j "$single,$last" 2>/dev/null | grep -q .; do sleep 2; done
 tail -n 3 "$work"/*.out
-grep -q "^figures: complete" "$work/last.out"
+grep -q "^figures: .*table4 complete" "$work/last.out"
+! grep -qE "^figures: .*(incomplete|NOT DRAWN)" "$work/last.out" || exit 1
 
 cd "$work"
 python3 - <<'PYTHON'
