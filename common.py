@@ -208,6 +208,13 @@ def first_classes(data, classes):
                    test_images=data.test_images[test], test_labels=data.test_labels[test])
 
 
+def test_on_the_rest(data, used):
+    """The first `used` training images stay; the others, which no trial trains on, are test images, too."""
+    return replace(data, train_images=data.train_images[:used], train_labels=data.train_labels[:used],
+                   test_images=torch.cat([data.test_images, data.train_images[used:]]),
+                   test_labels=torch.cat([data.test_labels, data.train_labels[used:]]))
+
+
 def synthetic(classes, shape, train, test, seed=0):
     """A stand-in made from a seed, with the form of the real data and some of its difficulty.
 
@@ -465,9 +472,10 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
     """Trains one run by the paper's protocol. Returns the ensemble, its history, the reported epoch, test scores there.
 
     The history has two `Scores.summary` per epoch: of the training steps, while the weights change; and of the
-    validation split, or without one of the test set. The reported epoch, from 1 on, is the first with the lowest
-    validation error of the ensemble, or without that split the last one; the ensemble has its weights. If the run
-    diverged (a mean member loss is not finite), the ensemble has the last weights, epoch and test scores are None.
+    validation split, or without one of the test set, of nan where the setting `evaluate` skips it. The reported epoch,
+    from 1 on, is the first with the lowest validation error of the ensemble, or without that split the last one; the
+    ensemble has its weights. If the run diverged (a mean member loss is not finite), the ensemble has the last weights,
+    epoch and test scores are None.
     `report(epoch, history)` is called after each epoch; `checkpoint` (folders.Checkpoint) keeps the state.
     """
     s, test = run.settings, (data.test_images, data.test_labels)
@@ -488,9 +496,12 @@ def train(build, run, data, report=lambda epoch, history: None, eager=False, che
         for rows in batches.epoch():
             step(rows)
         schedule.step()
-        history.append((scores.summary(), evaluate(ensemble, data, *held_out)))
+        due = bool(s["validation"]) or epoch <= 10 or epoch % s.get("evaluate", 1) == 0 or epoch == s["epochs"]
+        there = (evaluate(ensemble, data, *held_out) if due else
+                 {name: math.nan * value for name, value in history[-1][1].items()})
+        history.append((scores.summary(), there))
         report(epoch, history)
-        if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1]):
+        if not all(math.isfinite(part["mean_member_loss"]) for part in history[-1][:1 + due]):
             return ensemble, history, None, None
         errors = [there["ensemble_error"] for _, there in history]
         if s["validation"] and errors.index(min(errors)) == epoch - 1:      # a new first minimum

@@ -142,10 +142,7 @@ def argmax(member_logits):
 
 
 class CannotCapture(RuntimeError):
-    """A training step cannot be recorded, or its replay differs from the eager step.
-
-    PyTorch does not clean up after a recording that fails: what this process does on the GPU afterwards may fail, too.
-    """
+    """A training step cannot be recorded, or its replay differs. What this process does on the GPU later may fail."""
 
 
 def out_of_memory(error):

@@ -1,19 +1,17 @@
 """The DenseNets of an ensemble on CUDA, all members in each kernel. The twin is the loop of common.Ensemble.
 
-A loop over sixteen DenseNets launches 22,800 kernels a step, each on one member's small tensors. Here activations are
-planar, (M, C, P) with P = N H W pixels: k new channels are k whole rows of a dense block's buffer, without torch.cat,
-and a layer of all members is two Triton kernels forward and three backward.
+A loop over sixteen DenseNets launches 22,800 kernels a step, each on small tensors. Here activations are planar,
+(M, C, P) with P = N H W pixels: k new channels are k whole rows of a dense block's buffer, without torch.cat, and a
+layer of all members is two Triton kernels forward and three backward.
 
 - A feature map's mean and variance are computed once, when it is made; each later layer has its own scale and shift.
 - The backward pass computes ReLU(batch norm(x)) again, from the buffer and the bottlenecks' 4k maps.
 - Batch norm's backward pass adds bias + slope x to the gradient G of a feature map x. By channel, these add up over the
-  later layers in two tables (M, C), applied once, where G is used. So a layer reads x and G and writes G in one pass,
-  after which its sums are known: it would take two if they had to come first.
+  later layers in two tables (M, C), applied where G is used. So a layer takes one pass: it reads x and G, and writes G.
 - Sums over pixels: a program writes one row for its pixels, and the one that ends last adds the rows up: no launch, and
   always the same order. Variances are joined from means and squares about them (Chan), not E[x^2] - E[x]^2.
 
-Between the blocks PyTorch's own functions serve. With TRITON_INTERPRET=1 all of it runs on a CPU, where
-tests/test_fast_densenet.py holds it equal to the loop in float64.
+With TRITON_INTERPRET=1 it runs on a CPU, where tests/test_fast_densenet.py holds it equal to the loop in float64.
 """
 
 import itertools
@@ -21,7 +19,6 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from torch import nn
 from torch.nn import functional as F
 
 BLOCKS = 3
@@ -33,23 +30,14 @@ PROGRAMS, LEAST, WIDEST = 256, 4, 128   # of a launch, two for each of 132 multi
 # stages of cp.async would cost many instructions, of which those two kernels have too many for memory's speed as it is.
 OPTIONS = {"bottleneck": {"num_stages": 1}, "conv": {"num_warps": 4, "num_stages": 1},
            "conv_backward": {"num_warps": 4, "num_stages": 2}, "bottleneck_backward": {"num_stages": 2}}
-
-
-def kernel(*changing):
-    """Compiles no variants for the values of these arguments."""
-    return triton.jit(do_not_specialize=[*changing, "per"], do_not_specialize_on_alignment=["count", "of_w"])
+kernel = triton.jit(do_not_specialize=["c", "stride", "per", "whole", "size"],          # no variants for their values
+                    do_not_specialize_on_alignment=["count", "of_w"])
 
 
 @triton.jit
 def wide(v):
     """Half precision as fp32; float64 stays."""
     return v if v.dtype == tl.float64 else v.to(tl.float32)
-
-
-@triton.jit
-def zeros(index, table):
-    """A zero for each index, in the type of a table's values."""
-    return tl.zeros(index.shape, table.dtype.element_ty)
 
 
 @triton.jit
@@ -85,40 +73,49 @@ def ends_last(row, first, second, at, live, width, count, programs):
 
 
 @triton.jit
+def rows_from(first, rows, at, live, width, programs):
+    """Both parts of the next sixteen rows. (.cg: not from the L1 cache, as other programs wrote them.)"""
+    n = first + tl.arange(0, 16)
+    row, mask = rows + n[:, None] * 2 * width + at[None, :], (n < programs)[:, None] & live[None, :]
+    return tl.load(row, mask, 0., cache_modifier=".cg"), tl.load(row + width, mask, 0., cache_modifier=".cg")
+
+
+@triton.jit
 def finish(rows, s, mu, square, at, live, width, count, programs, pixels, P, mean, variance):
-    """Mean and variance of P pixels from those of the programs, of `pixels` each. (.cg: not from the L1 cache.)"""
+    """Mean and variance of P pixels from those of the programs, of `pixels` each."""
     if ends_last(rows + s * 2 * width, mu, square, at, live, width, count, programs):
-        i, before = tl.arange(0, 16), tl.sum(mu * 0., 0)
-        mu, square = mu * 0., square * 0.
+        before, mu, square = tl.sum(mu * 0., 0), mu * 0., square * 0.
         for first in range(0, programs, 16):
-            n = tl.maximum(tl.minimum(P - (first + i) * pixels, pixels), 0).to(mu.dtype)
-            row, mask = rows + (first + i)[:, None] * 2 * width + at[None, :], (n > 0)[:, None] & live[None, :]
-            means, here = tl.load(row, mask, 0., cache_modifier=".cg"), tl.sum(n, 0)
-            squares, both = tl.load(row + width, mask, 0., cache_modifier=".cg"), tl.maximum(before + here, 1.)
-            average = tl.sum(means * n[:, None], 0) / tl.maximum(here, 1.)
+            means, squares = rows_from(first, rows, at, live, width, programs)
+            n = tl.maximum(tl.minimum(P - (first + tl.arange(0, 16)) * pixels, pixels), 0).to(mu.dtype)
+            here = tl.sum(n, 0)
+            both, average = tl.maximum(before + here, 1.), tl.sum(means * n[:, None], 0) / tl.maximum(here, 1.)
             off, delta = means - average[None, :], average - mu
-            mu, square = (mu + delta * (here / both),
-                          square + tl.sum(squares + off * off * n[:, None], 0) + delta * delta * (before * here / both))
+            mu += delta * (here / both)
+            square += tl.sum(squares + off * off * n[:, None], 0)
+            square += delta * delta * (before * here / both)
             before += here
         tl.store(mean + at, mu, live)
         tl.store(variance + at, square / P, live)
 
 
 @triton.jit
-def add_rows(rows, at, live, width, programs):
-    i, first_sum, second_sum = tl.arange(0, 16), zeros(at, rows), zeros(at, rows)
+def add_rows(rows, at, live, width, programs, rstd, of_gamma, of_beta):
+    """The sums of both parts of all rows, and from them the gradients of gamma and beta."""
+    sum_d, sum_dx = tl.zeros_like(rstd), tl.zeros_like(rstd)
     for first in range(0, programs, 16):
-        row = rows + (first + i)[:, None] * 2 * width + at[None, :]
-        mask = (first + i < programs)[:, None] & live[None, :]
-        first_sum += tl.sum(tl.load(row, mask, 0., cache_modifier=".cg"), 0)
-        second_sum += tl.sum(tl.load(row + width, mask, 0., cache_modifier=".cg"), 0)
-    return first_sum, second_sum
+        ds, dxs = rows_from(first, rows, at, live, width, programs)
+        sum_d += tl.sum(ds, 0)
+        sum_dx += tl.sum(dxs, 0)
+    tl.store(of_beta, sum_d, live)
+    tl.store(of_gamma, rstd * sum_dx, live)
+    return sum_d, sum_dx
 
 
 # --- Kernels. Program (s, chunk of channels, m): member m's tiles of T pixels from s * per, `per` of them --
 
 
-@kernel("c", "stride")
+@kernel
 def bottleneck(x, mean, variance, stride, gamma, beta, w, u, rows, count, new_mean, new_variance, c, total, P, per,
                R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr):
     """u (M, R, P) = w^T relu(norm(x[:, :c])), and its mean and variance (M, R): x (M, total, P), w (M, c, R).
@@ -126,8 +123,8 @@ def bottleneck(x, mean, variance, stride, gamma, beta, w, u, rows, count, new_me
     Those of x are (M, stride). RP: R made a power of two.
     """
     s, m, programs, r = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0), tl.arange(0, RP)
-    live, mu, square = r < R, zeros(r, gamma), zeros(r, gamma)
-    x, u, w = x + m * total * P, u + m * R * P, w + m * c * R
+    live, none = r < R, tl.zeros((RP,), gamma.dtype.element_ty)
+    x, u, w, mu, square = x + m * total * P, u + m * R * P, w + m * c * R, none, none
     for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
         p = tile * T + tl.arange(0, T)
         inside, acc = p < P, tl.zeros((RP, T), gamma.dtype.element_ty)
@@ -146,7 +143,7 @@ def bottleneck(x, mean, variance, stride, gamma, beta, w, u, rows, count, new_me
            new_mean + m * R, new_variance + m * R)
 
 
-@kernel("c")
+@kernel
 def conv(u, mean, variance, gamma, beta, w, x, rows, count, all_mean, all_variance, c, total, P, per, H: tl.constexpr,
          W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):
     """x[:, c:c + K] = the 3x3 convolution of relu(norm(u)), w (M, R, 9 K), and its statistics, at c of (M, total).
@@ -158,8 +155,8 @@ def conv(u, mean, variance, gamma, beta, w, x, rows, count, all_mean, all_varian
     r, j, i = tl.arange(0, RP), tl.arange(0, KP), tl.arange(0, T)
     live, new, at = r < R, j < K, m * R + r
     _, _, scale, shift = normal(mean + at, variance + at, gamma + at, beta + at, live)
-    mask, mu, square = new[:, None] & live[None, :], zeros(j, gamma), zeros(j, gamma)
-    none = tl.zeros((KP, T), gamma.dtype.element_ty)
+    mask, none = new[:, None] & live[None, :], tl.zeros((KP, T), gamma.dtype.element_ty)
+    mu, square = tl.zeros((KP,), gamma.dtype.element_ty), tl.zeros((KP,), gamma.dtype.element_ty)
     u, x, w = u + m * R * P, x + m * total * P + c * P, w + m * R * 9 * K + r[None, :] * (9 * K) + j[:, None]
     from_left = tl.broadcast_to(tl.maximum(i - 1, 0)[None, :], KP, T)
     from_right = tl.broadcast_to(tl.minimum(i + 1, T - 1)[None, :], KP, T)
@@ -183,7 +180,7 @@ def conv(u, mean, variance, gamma, beta, w, x, rows, count, all_mean, all_varian
            all_mean + m * total + c, all_variance + m * total + c)
 
 
-@triton.jit(do_not_specialize=["c"])
+@kernel
 def spread(g, x, slope, bias, taps, c, total, P, W: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):
     """taps (M, 3 K, P): the gradient of x[:, c:c + K], g + bias + slope x, moved by -1, 0 and 1 pixels in its row.
 
@@ -201,7 +198,7 @@ def spread(g, x, slope, bias, taps, c, total, P, W: tl.constexpr, K: tl.constexp
         tl.store(taps + at, tl.where(mask, v, 0.), new[:, None] & (p < P)[None, :])
 
 
-@kernel("whole")
+@kernel
 def conv_backward(taps, u, mean, variance, gamma, beta, w, of_a, rows, count, of_gamma, of_beta, of_w, P, per, whole,
                   H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, K: tl.constexpr,
                   KK: tl.constexpr, T: tl.constexpr):
@@ -217,7 +214,7 @@ def conv_backward(taps, u, mean, variance, gamma, beta, w, of_a, rows, count, of
     at_w, mask_w = m * R * 9 * K + r[:, None] * (9 * K) + q[None, :], live[:, None] & real[None, :]
     part = tl.load(w + at_w, mask_w, 0.).to(u.dtype.element_ty)
     u, of_a, taps, rows = u + m * R * P, of_a + m * R * P, taps + m * 3 * K * P, rows + m * programs * 2 * R
-    sum_d, sum_du, acc = zeros(r, gamma), zeros(r, gamma), tl.zeros((RP, KK), gamma.dtype.element_ty)
+    sum_d, sum_du, acc = tl.zeros_like(rstd), tl.zeros_like(rstd), tl.zeros((RP, KK), rstd.dtype)
     for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
         p = tile * T + tl.arange(0, T)
         inside, to = p < P, ((p // W) % H)[None, :] - dy[:, None]           # to: the row of the tap's output pixel
@@ -234,12 +231,10 @@ def conv_backward(taps, u, mean, variance, gamma, beta, w, of_a, rows, count, of
         acc = product(tl.maximum(before, 0.).to(d_out.dtype), tl.trans(d_out), acc)
     tl.store(of_w + s.to(tl.int64) * whole + at_w, acc, mask_w)
     if ends_last(rows + s * 2 * R, sum_d, sum_du, r, live, R, count + m, programs):
-        sum_d, sum_du = add_rows(rows, r, live, R, programs)
-        tl.store(of_beta + at, sum_d, live)
-        tl.store(of_gamma + at, rstd * sum_du, live)
+        add_rows(rows, r, live, R, programs, rstd, of_gamma + at, of_beta + at)
 
 
-@kernel("c", "whole", "size")
+@kernel
 def bottleneck_backward(of_a, u, mean2, variance2, gamma2, of_gamma2, of_beta2, x, mean, variance, gamma, beta, w, old,
                         new, slope, bias, rows, count, of_gamma, of_beta, of_w, c, total, P, per, whole, size,
                         R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr):
@@ -257,7 +252,7 @@ def bottleneck_backward(of_a, u, mean2, variance2, gamma2, of_gamma2, of_beta2, 
     part = tl.load(w + at_w, mask_w, 0.).to(u.dtype.element_ty)
     u, of_a, x, rows = u + m * R * P, of_a + m * R * P, x + m * total * P, rows + m * programs * 2 * total
     old, new = old + m * total * P, new + m * total * P
-    sum_d, sum_dx, acc = zeros(ch, gamma), zeros(ch, gamma), tl.zeros((BC, RP), gamma.dtype.element_ty)
+    sum_d, sum_dx, acc = tl.zeros_like(rstd), tl.zeros_like(rstd), tl.zeros((BC, RP), rstd.dtype)
     for tile in range(s * per, tl.minimum((s + 1) * per, tl.cdiv(P, T))):
         p = tile * T + tl.arange(0, T)
         at_u, mask = r[:, None] * P + p[None, :], live[:, None] & (p < P)[None, :]
@@ -276,9 +271,7 @@ def bottleneck_backward(of_a, u, mean2, variance2, gamma2, of_gamma2, of_beta2, 
     tl.store(of_w + s.to(tl.int64) * whole + at_w, acc, mask_w)
     count += m * tl.num_programs(1) + chunk
     if ends_last(rows + s * 2 * total, sum_d, sum_dx, ch, there, total, count, programs):
-        sum_d, sum_dx = add_rows(rows, ch, there, total, programs)
-        tl.store(of_beta + at1, sum_d, there)
-        tl.store(of_gamma + at1, rstd * sum_dx, there)
+        sum_d, sum_dx = add_rows(rows, ch, there, total, programs, rstd, of_gamma + at1, of_beta + at1)
         lean = -scale * rstd * rstd * sum_dx / P                            # of x - mean
         tl.store(slope + at, tl.load(slope + at, there, 0.) + lean, there)
         tl.store(bias + at, tl.load(bias + at, there, 0.) - scale * sum_d / P - lean * center, there)
@@ -291,7 +284,7 @@ class Plan:
     """Sizes of the launches of a block with features (M, total, P)."""
 
     def __init__(self, members, size, growth, total):
-        (n, h, w), self.members, self.total = size, members, total
+        (n, h, w), self.members, self.growth = size, members, growth
         self.p, self.chunks = n * h * w, triton.cdiv(total, WIDEST)
         self.many, self.per = self.ranges(TILE, 1, 1)                       # programs of a member, tiles of a program
         self.fewer, self.more = self.ranges(NARROW, 1, LEAST)
@@ -312,47 +305,44 @@ class Plan:
 
 
 class DenseBlock(torch.autograd.Function):
-    """x (M, C0, P) -> all features (M, C, P), their mean and variance (M, C), and the bottlenecks' (M, 4k), by layer.
+    """x (M, C0, P) -> all features (M, C, P) and, by turns, the mean and the variance of each norm's input.
 
     C = C0 + layers k. weights: for each layer gamma, beta (M, c), w (M, c, 4k), gamma, beta (M, 4k), w (M, 4k, 9k).
-    running: None, or in evaluation for each norm its mean and variance, (M, c) and (M, 4k) by turns.
+    running: None, or in evaluation what to use as those means and variances, (M, c) and (M, 4k) by turns.
     """
 
     @staticmethod
-    def forward(ctx, x, size, growth, running, *weights):
-        layers, (members, c, p), empty = len(weights) // 6, x.shape, weights[0].new_empty
-        total, bottlenecks, theirs = c + layers * growth, [], []
-        plan, features = Plan(members, size, growth, total), x.new_empty(members, total, p)
-        mean, variance = empty(members, total), empty(members, total)
+    def forward(ctx, x, size, running, *weights):
+        layers, (members, c, p), growth = len(weights) // 6, x.shape, weights[2].shape[2] // 4
+        total, empty, statistics, saved = c + layers * growth, weights[0].new_empty, [], []
+        plan = ctx.plan = Plan(members, size, growth, total)
+        features, (mean, variance) = x.new_empty(members, total, p), empty(2, members, total)
         features[:, :c] = x
         variance[:, :c], mean[:, :c] = torch.var_mean(x.to(mean.dtype), 2, correction=0)
         rows = empty(members * plan.many * 2 * 4 * growth)
         counts = torch.zeros(2 * layers, members, dtype=torch.int32, device=x.device)
         for i in range(layers):
             gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
-            at = running[2 * i] if running else (mean, variance)
-            u, *found = x.new_empty(members, 4 * growth, p), *empty(2, members, 4 * growth)
-            bottleneck[plan.many, members](features, *at, at[0].stride(0), gamma1, beta1, w1, u, rows, counts[2 * i],
-                                           *found, c, total, p, plan.per, **plan.bottleneck)
-            at = running[2 * i + 1] if running else found
-            conv[plan.many, members](u, *at, gamma2, beta2, w2, features, rows, counts[2 * i + 1], mean, variance, c,
-                                     total, p, plan.per, **plan.conv)
-            bottlenecks.append(u)
-            theirs += at
+            u, found = x.new_empty(members, 4 * growth, p), empty(2, members, 4 * growth)
+            statistics += [mean[:, :c], variance[:, :c], *found]
+            mean1, variance1, mean2, variance2 = (running or statistics)[4 * i:4 * i + 4]
+            bottleneck[plan.many, members](features, mean1, variance1, mean1.stride(0), gamma1, beta1, w1, u, rows,
+                                           counts[2 * i], *found, c, total, p, plan.per, **plan.bottleneck)
+            conv[plan.many, members](u, mean2, variance2, gamma2, beta2, w2, features, rows, counts[2 * i + 1], mean,
+                                     variance, c, total, p, plan.per, **plan.conv)
+            saved += [u, mean2, variance2]
             c += growth
-        ctx.size, ctx.growth, ctx.layers = size, growth, layers
-        ctx.save_for_backward(features, mean, variance, *bottlenecks, *theirs, *weights)
-        ctx.mark_non_differentiable(mean, variance, *theirs)
-        return features, mean, variance, *theirs
+        ctx.save_for_backward(features, mean, variance, *saved, *weights)
+        ctx.mark_non_differentiable(*statistics)
+        return features, *statistics
 
     @staticmethod
     def backward(ctx, g, *_):
-        features, mean, variance, *rest = ctx.saved_tensors
-        layers, growth, (members, total, p), c = ctx.layers, ctx.growth, features.shape, features.shape[1]
-        bottlenecks, theirs, weights = rest[:layers], rest[layers:3 * layers], rest[3 * layers:]
-        plan, empty = Plan(members, ctx.size, growth, total), weights[0].new_empty
+        features, mean, variance, *saved = ctx.saved_tensors
+        plan, growth, (members, c, p), layers = ctx.plan, ctx.plan.growth, features.shape, len(saved) // 9
+        total, weights, empty = c, saved[3 * layers:], mean.new_empty
         old, new = g.contiguous(), torch.empty_like(features)       # (the first `old` is not ours to write to)
-        affine, taps = weights[0].new_zeros(2, members, total), new.new_empty(members, 3 * growth, p)
+        affine, taps = mean.new_zeros(2, members, total), new.new_empty(members, 3 * growth, p)
         counts = torch.zeros(layers, 1 + plan.chunks, members, dtype=torch.int32, device=g.device)
         rows = empty(members * 2 * max(plan.fewer * 4 * growth, plan.few * total))
         sizes1, sizes2 = ([w.numel() for w in weights[at::6]] for at in (2, 5))
@@ -360,50 +350,55 @@ class DenseBlock(torch.autograd.Function):
         gradients = [torch.empty_like(w) for w in weights]          # those of w, at 2 and 5, come last
         for i in reversed(range(layers)):
             c -= growth
+            u, *norm2 = saved[3 * i:3 * i + 3]                      # norm2: the mean and the variance of u
             gamma1, beta1, w1, gamma2, beta2, w2 = weights[6 * i:6 * i + 6]
             of_gamma1, of_beta1, _, of_gamma2, of_beta2, _ = gradients[6 * i:6 * i + 6]
-            u, at, of_a = bottlenecks[i], theirs[2 * i:2 * i + 2], torch.empty_like(bottlenecks[i])
-            chunks = triton.cdiv(c, WIDEST)
+            of_a, chunks = torch.empty_like(u), triton.cdiv(c, WIDEST)
             size = triton.cdiv(c, chunks)
             padded = max(16, triton.next_power_of_2(size))
             spread[triton.cdiv(p, TILE), members](old, features, *affine, taps, c, total, p, **plan.spread)
             conv_backward[plan.fewer, members](
-                taps, u, *at, gamma2, beta2, w2, of_a, rows, counts[i], of_gamma2, of_beta2,
+                taps, u, *norm2, gamma2, beta2, w2, of_a, rows, counts[i], of_gamma2, of_beta2,
                 of_w2[:, sum(sizes2[:i]):], p, plan.more, of_w2.shape[1], **plan.conv_backward)
             bottleneck_backward[plan.few, chunks, members](
-                of_a, u, *at, gamma2, of_gamma2, of_beta2, features, mean, variance, gamma1, beta1, w1, old, new,
+                of_a, u, *norm2, gamma2, of_gamma2, of_beta2, features, mean, variance, gamma1, beta1, w1, old, new,
                 *affine, rows, counts[i, 1:], of_gamma1, of_beta1, of_w1[:, sum(sizes1[:i]):], c, total, p, plan.most,
                 of_w1.shape[1], size, BC=padded, num_warps=8 if padded > 64 else 4, **plan.bottleneck_backward)
             old = new
-        gradients[2::6] = [g.view_as(w) for g, w in zip(of_w1.sum(0).split(sizes1), weights[2::6], strict=True)]
-        gradients[5::6] = [g.view_as(w) for g, w in zip(of_w2.sum(0).split(sizes2), weights[5::6], strict=True)]
+        for at, of_w, sizes in (2, of_w1, sizes1), (5, of_w2, sizes2):
+            gradients[at::6] = [g.view_as(w) for g, w in zip(of_w.sum(0).split(sizes), weights[at::6], strict=True)]
         slope, bias = affine[:, :, :c, None]
-        of_x = new[:, :c] + bias + slope * features[:, :c]
-        return of_x.to(g.dtype), None, None, None, *gradients
+        return (new[:, :c] + bias + slope * features[:, :c]).to(g.dtype), None, None, *gradients
 
 
 # --- All members ---------------------------------------------------------------------------------
 
 
+def stack(tensors):
+    """One tensor of all members' (K, c, ...), as (c, ... K), or of their vectors (K). They become views of it."""
+    stacked = torch.stack([each.detach().movedim(0, -1).reshape(*each.shape[1:2], -1) for each in tensors])
+    for each, part in zip(tensors, stacked, strict=True):
+        each.data = for_member(part, each.shape)
+    return stacked
+
+
+def for_member(part, shape):
+    """The way back from (c, ... K)."""
+    return part.view(*shape[1:], shape[0]).movedim(-1, 0)
+
+
 class Joined(torch.autograd.Function):
-    """Stacked tensors (M, ...) of the members' parameters, which are views of them. Hardly a gradient is copied."""
+    """The stacks of the members' parameters. Hardly a gradient is copied."""
 
     @staticmethod
-    def forward(ctx, stacks, views, *parameters):
-        ctx.views = views
-        return tuple(stack.detach() for stack in stacks)
+    def forward(ctx, stacks, *parameters):
+        ctx.shapes = [p.shape for p in parameters]
+        return tuple(stacked.detach() for stacked in stacks)
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, None, *(view(part) for view, g in zip(ctx.views, gradients, strict=True) for part in g.unbind())
-
-
-# How a parameter stands in the stack of all members', and the way back to the member's view.
-AS_IT_IS = (lambda w: w, lambda part: part)
-LINEAR = (lambda w: w.T, lambda part: part.T)                                           # (K, c) <-> (c, K)
-ONE_BY_ONE = (lambda w: w.flatten(1).T, lambda part: part.T[:, :, None, None])          # (C, c, 1, 1) <-> (c, C)
-THREE_BY_THREE = (lambda w: w.permute(1, 2, 3, 0).flatten(1),                           # (k, c, 3, 3) <-> (c, 9k)
-                  lambda part: part.unflatten(1, (3, 3, -1)).permute(3, 0, 1, 2))
+        parts = itertools.chain(*gradients)
+        return None, *(for_member(part, shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
 class DenseNets:
@@ -415,71 +410,32 @@ class DenseNets:
 
     def __init__(self, members, bf16):
         self.members, self.bf16 = members, bf16
-        self.parameters, self.stacks, self.views, self.means, self.variances = [], [], [], [], []
-        for parts in zip(*(network.modules() for network in members), strict=True):       # in the order of their use
-            kind, weights = parts[0], [getattr(part, "weight", None) for part in parts]
-            if isinstance(kind, nn.BatchNorm2d):
-                self.stack_norm(parts)
-            elif isinstance(kind, nn.Linear):
-                self.stack(weights, *LINEAR)
-                self.stack([part.bias for part in parts], *AS_IT_IS)
-            elif isinstance(kind, nn.Conv2d) and kind.kernel_size == (1, 1):
-                self.stack(weights, *ONE_BY_ONE)
-            elif isinstance(kind, nn.Conv2d) and not self.stacks:       # the first convolution
-                self.stack(weights, *AS_IT_IS)
-            elif isinstance(kind, nn.Conv2d):
-                self.stack(weights, *THREE_BY_THREE)
-                self.growth = kind.out_channels
-        self.layers = len(self.means) // 6          # of a block: three blocks of two norms each, and one after a block
+        _, *weights = zip(*(network.parameters() for network in members), strict=True)      # (the first is in stem)
+        self.parameters, self.stacks = [*itertools.chain(*weights)], [stack(each) for each in weights]
+        statistics = zip(*(network.buffers() for network in members), strict=True)      # means and variances by turns
+        self.running = [stack(each) for each in statistics]
+        self.layers = len(self.running) // 12       # of a block: three blocks of two norms a layer, and one after each
 
-    def stack(self, parameters, to, back):
-        """Makes the parameters back(part) of one tensor of all to(parameter)."""
-        stacked = torch.stack([to(p.detach()) for p in parameters])
-        for p, part in zip(parameters, stacked, strict=True):
-            p.data = back(part)
-        self.parameters += parameters
-        self.stacks.append(stacked)
-        self.views.append(back)
-
-    def stack_norm(self, norms):
-        self.stack([norm.weight for norm in norms], *AS_IT_IS)
-        self.stack([norm.bias for norm in norms], *AS_IT_IS)
-        for name, stacks in (("running_mean", self.means), ("running_var", self.variances)):
-            stacks.append(torch.stack([getattr(norm, name) for norm in norms]))
-            for norm, part in zip(norms, stacks[-1], strict=True):
-                setattr(norm, name, part)
-
-    @torch.no_grad()
-    def track(self, first, mean, variance, *theirs, pixels):
-        """Moves a block's running statistics towards those of a batch (the variance unbiased)."""
-        for running, table, own, factor in ((self.means, mean, theirs[::2], 1),
-                                            (self.variances, variance, theirs[1::2], pixels / (pixels - 1))):
-            running = running[first:first + 2 * self.layers]
-            found = [part for i, each in enumerate(own) for part in (table[:, :running[2 * i].shape[1]], each)]
-            torch._foreach_lerp_(running, torch._foreach_mul(found, factor), MOMENTUM)
-
-    def stem(self, images, w):
+    def stem(self, images):
         """The first convolution: images (N, C, H, W), one product for all, or (N, M, C, H, W) -> (M, 2k, P)."""
-        own = images.dim() == 5
-        x = F.conv2d(images.flatten(1, 2) if own else images, w.flatten(0, 1).to(images.dtype), padding=1,
-                     groups=len(self.members) if own else 1)
+        w = torch.cat([network[0].weight for network in self.members]).to(images.dtype)         # (M 2k, C, 3, 3)
+        x = F.conv2d(images.flatten(1, -3), w, padding=1, groups=len(self.members) if images.dim() == 5 else 1)
         return x.unflatten(1, (len(self.members), -1)).movedim(0, 2).flatten(2)
 
     def __call__(self, images):
         training, dtype = self.members.training, torch.bfloat16 if self.bf16 else images.dtype
-        weights = iter(Joined.apply(self.stacks, self.views, *self.parameters))
-        n, (h, w), norm = len(images), images.shape[-2:], 0
-        x = self.stem(images.to(dtype), next(weights))
+        weights, running = iter(Joined.apply(self.stacks, *self.parameters)), iter(self.running)
+        n, (h, w), x = len(images), images.shape[-2:], self.stem(images.to(dtype))
         for block in range(BLOCKS):
-            after, pixels = norm + 2 * self.layers, n * h * w
-            running = None if training else list(zip(self.means[norm:after], self.variances[norm:after], strict=True))
-            x, *statistics = DenseBlock.apply(x, (n, h, w), self.growth, running,
-                                              *itertools.islice(weights, 6 * self.layers))
+            pixels, own = n * h * w, [*itertools.islice(running, 4 * self.layers)]
+            x, *found = DenseBlock.apply(x, (n, h, w), None if training else own,
+                                         *itertools.islice(weights, 6 * self.layers))
             if training:
-                self.track(norm, *statistics, pixels=pixels)
-            x = F.batch_norm(x.view(1, -1, pixels), self.means[after].view(-1), self.variances[after].view(-1),
+                with torch.no_grad():           # the running variance is unbiased
+                    torch._foreach_lerp_(own[::2], found[::2], MOMENTUM)
+                    torch._foreach_lerp_(own[1::2], torch._foreach_mul(found[1::2], pixels / (pixels - 1)), MOMENTUM)
+            x = F.batch_norm(x.view(1, -1, pixels), next(running).view(-1), next(running).view(-1),
                              next(weights).flatten(), next(weights).flatten(), training, MOMENTUM, EPSILON.value).relu()
-            norm = after + 1
             if block < BLOCKS - 1:          # the mean of 2x2 pixels commutes with a 1x1 convolution
                 x, h, w = F.avg_pool2d(x.view(-1, n, h, w), 2), h // 2, w // 2
                 x = next(weights).to(dtype).transpose(1, 2) @ x.view(len(self.members), -1, n * h * w)

@@ -286,90 +286,86 @@ def fig5(runs):
     return fig, rows
 
 
+QUANTILES = (0.05, 0.25, 0.75, 0.95)        # of more than 20 members these are drawn, as two bands
+
+
 def draw_members(ax, x, members, mark=""):
-    """Errors of members, an array (M,) for each x: a mark or a line for each member, or of more than 20 two bands."""
-    if len(members[0]) > 20:
-        for low, high, alpha in ((0.05, 0.95, 0.2), (0.25, 0.75, 0.35)):
-            ends = np.transpose([np.quantile(some, (low, high)) for some in members])
-            ax.fill_between(x, *ends, color=GREY, alpha=alpha, linewidth=0)
+    """Errors of members, an array (trials, M) for each x: a mark or a line for each, or of more than 20 two bands."""
+    if members[0].shape[1] > 20:
+        edges = np.transpose([np.quantile(some, QUANTILES, axis=1).mean(1) for some in members])
+        for low, high, alpha in ((0, 3, 0.2), (1, 2, 0.35)):
+            ax.fill_between(x, edges[low], edges[high], color=GREY, alpha=alpha, linewidth=0)
     elif mark:
         for at, some in zip(x, members, strict=True):
-            ax.plot(np.full(len(some), at), some, mark, color=GREY, alpha=0.7, markersize=9, clip_on=False)
+            ax.plot(np.full(some.size, at), some.ravel(), mark, color=GREY, alpha=0.7, markersize=9, clip_on=False)
     else:
-        ax.plot(x, members, color=GREY, alpha=0.7, linewidth=0.8)
+        ax.plot(x, np.concatenate(members), color=GREY, alpha=0.7, linewidth=0.8)
 
 
-def errors_at_the_end(record, history, part):
-    """The errors of the ensemble and of the members (M,) at the reported epoch."""
-    if part == "test":
-        return record["result"]["test_ensemble_error"], history["reported_test_member_error"]
-    at = record["result"]["epoch"] - 1
-    return history["train_ensemble_error"][at], history["train_member_error"][at]
-
-
-def error_rows(record, part, epoch, ensemble, members):
-    """Rows of Fig. 6's CSV: the ensemble's error and every member's, numbered from 1."""
+def error_rows(record, part, epoch, ensemble, members, best=None):
+    """Rows of Fig. 6's CSV: the errors of the ensemble, and of each member or of more than 20 those that are drawn."""
     at = {"configuration": record["configuration"], "method": joint(record["lambda"]), "trial": record["trial"],
           "part": part, "epoch": epoch}
-    return [{**at, "who": who, "error_percent": 100 * float(value)} for who, value in
-            (("ensemble", ensemble), *((f"member {m + 1}", e) for m, e in enumerate(members)))]
+    shown = {f"member {m + 1}": error for m, error in enumerate(members)}
+    if len(members) > 20:
+        shown = {f"{100 * q:g} % of the members": np.quantile(members, q) for q in QUANTILES}
+    if best is not None:
+        shown["best in training at the end"] = members[best]
+    return [{**at, "who": who, "error_percent": 100 * float(error)}
+            for who, error in ({"ensemble": ensemble} | shown).items()]
 
 
 def draw_ends(ax, found, part):
-    """Fig. 6, at the end: errors against lambda, of all trials. found: {lambda: histories}."""
-    ends = {lam: [errors_at_the_end(*one, part) for one in histories] for lam, histories in found.items()}
+    """Fig. 6, at the end: errors against lambda, of all trials. found: {lambda: histories}. Returns rows of the CSV."""
+    ends = {lam: [finished.errors_at_the_end(*one, part) for one in histories] for lam, histories in found.items()}
     lambdas = list(ends)
-    members = [100 * np.concatenate([members for _, members in some]) for some in ends.values()]
-    draw_members(ax, lambdas, members, "_")
+    draw_members(ax, lambdas, [100 * np.stack([members for _, members in some]) for some in ends.values()], "_")
     mean, error = np.transpose([mean_and_error([100 * ensemble for ensemble, _ in some]) for some in ends.values()])
     ax.errorbar(lambdas, mean, np.nan_to_num(error), **STYLES[0], markersize=4, capsize=2)
     lambda_axis(ax, lambdas, "λ, not to scale")
     ax.tick_params("x", rotation=60)
     ax.set_title(f"{'training' if part == 'train' else part} error at the end, "
                  f"n = {trials_of(len(some) for some in ends.values())}")
+    return [row for lam, some in ends.items() for (record, _), errors in zip(found[lam], some, strict=True)
+            for row in error_rows(record, part, "end", *errors)]
 
 
 def draw_epochs(ax, record, history, part):
-    """Fig. 6, epoch by epoch: one run at lambda 1."""
-    members = 100 * history[f"{part}_member_error"]                      # (epochs, M)
-    x, best = np.arange(1, len(members) + 1), errors_at_the_end(record, history, "train")[1].argmin()
-    draw_members(ax, x, members)
-    ax.plot(x, members[:, best], color=ORANGE, linewidth=1.3, linestyle="--")
-    ax.plot(x, 100 * history[f"{part}_ensemble_error"], color=BLUE, linewidth=1.5)
-    if len(x) >= 10:
+    """Fig. 6, epoch by epoch: one run at lambda 1. Returns rows of the CSV."""
+    members, ensemble = history[f"{part}_member_error"], history[f"{part}_ensemble_error"]     # (epochs, M), (epochs,)
+    best = finished.errors_at_the_end(record, history, "train")[1].argmin()
+    x = 1 + np.flatnonzero(np.isfinite(ensemble))                       # (the test set is not evaluated in every epoch)
+    draw_members(ax, x, [100 * members[epoch - 1:epoch] for epoch in x])
+    ax.plot(x, 100 * members[x - 1, best], color=ORANGE, linewidth=1.3, linestyle="--")
+    ax.plot(x, 100 * ensemble[x - 1], color=BLUE, linewidth=1.5)
+    if len(members) >= 10:
         ax.axvline(3, color="black", linewidth=0.8, linestyle=":")
     ax.set_title(f"{'training' if part == 'train' else part} error, λ = 1")
     ax.set_xlabel(f"epoch (trial {record['trial']})")
     ax.xaxis.get_major_locator().set_params(integer=True)
+    return [row for epoch in x.tolist()
+            for row in error_rows(record, part, epoch, ensemble[epoch - 1], members[epoch - 1], best)]
 
 
 def fig6(runs):
     """Fig. 6: errors of the ensemble and of every member, at the end and epoch by epoch."""
-    rows, numbers, lines = [], [], []           # lines: {lambda: histories}, or the histories at lambda 1 alone
+    rows, numbers, lines = [], [], []           # lines: {lambda: histories}, or the first run at lambda 1 alone
     for experiment, configuration in ((DENSENET, "DN-High"), (MLP, "256x4H")):
         found = {}
         for lam in runs.lambdas(experiment, configuration):
             if histories := runs.histories(experiment, configuration, joint(lam)):
                 found[lam] = histories
             numbers += runs.dominances(experiment, configuration, lam)
-            for part in ("train", "test"):
-                for record, history in histories:
-                    rows += error_rows(record, part, "end", *errors_at_the_end(record, history, part))
         lines += [(configuration, some) for some in (found, found.get(1)) if some]
     fig, axes = plt.subplots(max(1, len(lines)), 2, figsize=(4.8, 0.6 + 1.75 * max(1, len(lines))), sharey="row",
                              squeeze=False)
     for (left, right), (configuration, some) in zip(axes, lines, strict=False):
         left.set_ylabel(f"{configuration}: error (%)")
         if isinstance(some, dict):
-            draw_ends(left, some, "train")
-            draw_ends(right, some, "test")
-            continue
-        for ax, part in ((left, "train"), (right, "validation" if "validation_member_error" in some[0][1] else "test")):
-            draw_epochs(ax, *some[0], part)                             # the first trial is drawn
-            for record, history in some:
-                for epoch, errors in enumerate(zip(history[f"{part}_ensemble_error"], history[f"{part}_member_error"],
-                                                   strict=True), 1):
-                    rows += error_rows(record, part, epoch, *errors)
+            rows += draw_ends(left, some, "train") + draw_ends(right, some, "test")
+        else:
+            held_out = "validation" if "validation_member_error" in some[0][1] else "test"
+            rows += draw_epochs(left, *some[0], "train") + draw_epochs(right, *some[0], held_out)
     handles = [plt.Line2D([], [], color=BLUE, marker="o", markersize=4, label="ensemble"),
                plt.Line2D([], [], color=GREY, linewidth=4, alpha=0.5, label="members (over 20: 5 to 95, 25 to 75 %)"),
                plt.Line2D([], [], color=ORANGE, linestyle="--", label="member best in training at the end"),
@@ -396,37 +392,36 @@ def beside_paper(text, theirs):
     return f"{text} (paper: {theirs})" if theirs != "" else text
 
 
+def densenets(runs):
+    """The paper's DenseNet ensembles for 100 classes, with computed parameters: the rows of Tables 1 and 3."""
+    for name, printed in runs.published["table1"]["rows"].items():
+        c = runs.paper[DENSENET]["configurations"][name]
+        yield {"configuration": name, "depth": c["depth"], "k": c["growth"], "M": c["members"],
+               "parameters": finished.parameters(DENSENET, c), "published_parameters": printed["parameters"]}
+
+
+def densenet_cells(row):
+    return [*(str(row[key]) for key in ("configuration", "depth", "k", "M")),
+            beside_paper(f"{row['parameters']:,}", row["published_parameters"])]
+
+
 def table1(runs):
     """Table 1: the DenseNet ensembles, and what a training step takes."""
-    paper, mine = runs.paper[DENSENET], runs.block[DENSENET]
+    paper, rows, cells = runs.paper[DENSENET], list(densenets(runs)), []
     steps = {row["network"]: row for row in finished.read_csv(folders.HERE / "benchmarks/h200.csv")
              if (row["precision"], row["way"]) == ("fp32", "as it is")}
-    rows, cells = [], []
-    for name, printed in runs.published["table1"]["rows"].items():
-        theirs, ours = paper["configurations"][name], mine["configurations"][name]
-        networks = {name: theirs}
-        if any(theirs[key] != ours[key] for key in ("depth", "growth", "members", "classes")):
-            networks[f"{name} ({runs.name})"] = ours
-        for label, c in networks.items():
-            classes = c["classes"] or common.DATASETS[paper["dataset"]].classes
-            saved = command.bytes_saved_for_backward(experiment_of(DENSENET).build, c | {"batch": paper["batch"]},
-                                                     (3, 32, 32), classes)
-            row = {"configuration": label, "depth": c["depth"], "k": c["growth"], "M": c["members"],
-                   "classes": classes, "parameters": finished.parameters(DENSENET, c, classes),
-                   "bytes_saved_for_backward": saved}
-            if label == name:
-                peak = f"at most {float(steps[name]['peak_GB']):.1f} GB for a step on an {steps[name]['device']}"
-                row |= {"peak_cuda_memory": peak, "published_parameters": printed["parameters"],
-                        "published_memory": printed["memory"]}
-            rows.append(row)
-            cells.append([label, *(str(row[key]) for key in ("depth", "k", "M", "classes")),
-                          beside_paper(f"{row['parameters']:,}", row.get("published_parameters", "")),
-                          f"{saved / 1e9:.1f} GB",
-                          beside_paper(row.get("peak_cuda_memory", ""), row.get("published_memory", ""))])
+    for row in rows:
+        name = row["configuration"]
+        settings = paper["configurations"][name] | {"batch": paper["batch"]}
+        saved = finished.bytes_saved_for_backward(experiment_of(DENSENET).build, settings, (3, 32, 32), 100)
+        peak = f"at most {float(steps[name]['peak_GB']):.1f} GB for a step on an {steps[name]['device']}"
+        printed = runs.published["table1"]["rows"][name]["memory"]
+        row |= {"bytes_saved_for_backward": saved, "peak_cuda_memory": peak, "published_memory": printed}
+        cells.append([*densenet_cells(row), f"{saved / 1e9:.1f} GB", beside_paper(peak, printed)])
     notes = [f"Saved for backward: what autograd keeps of one forward pass at batch {paper['batch']} in fp32, counted.",
              "Peak on a GPU: benchmarks/h200.csv, whose own tensors of 1.5 GB are in it."]
-    columns = ["Name", "Depth", "k", "M", "Classes", "Parameters", "Saved for backward", "Peak on a GPU"]
-    return Table("DenseNet ensembles on 32x32 images.", columns, cells, notes), rows
+    columns = ["Name", "Depth", "k", "M", "Parameters", "Saved for backward", "Peak on a GPU"]
+    return Table("DenseNet ensembles on 32x32 images of 100 classes.", columns, cells, notes), rows
 
 
 def table2(runs):
@@ -438,11 +433,11 @@ def table2(runs):
     for lam in sorted({lam for name in printed for lam in runs.lambdas(DENSENET, name)}):
         methods.setdefault(joint(lam), f"λ = {lam:g}")
     cells = {method: [words] for method, words in methods.items()}
-    for name, theirs in printed.items():
-        column = [runs.point(DENSENET, name, method) for method in methods]
+    columns = {name: [runs.point(DENSENET, name, method) for method in methods] for name in printed}
+    for name, column in columns.items():
         lowest = min((row["test_error_percent"] for row in column if row["n"]), default=None)
         for row in column:
-            row["published_percent"] = theirs.get(row["method"], "")
+            row["published_percent"] = printed[name].get(row["method"], "") if runs.at_protocol() else ""
             row["minimum"] = bool(row["n"]) and row["test_error_percent"] == lowest
             text = f"{row['test_error_percent']:.1f}" if row["n"] else no_number(row)
             text = f"**{text}**" if row["minimum"] else text
@@ -452,24 +447,15 @@ def table2(runs):
         rows += column
     notes = ["Mean ± standard error over n trials. Independent (own lr) is no row of the paper: each member trains at "
              "the whole learning rate, at λ = 0 at 1/M of it."]
-    if not runs.at_protocol():
-        notes.append("The paper's values are of its own protocol: results of another do not compare.")
     return Table("Test error (%) of DenseNet ensembles; the minimum of each column is bold.", ["", *printed],
                  list(cells.values()), notes), rows
 
 
 def table3(runs):
     """Table 3: the DenseNet architectures, with computed counts."""
-    block, cells, rows = runs.paper[DENSENET], [], []
-    for name, printed in runs.published["table1"]["rows"].items():
-        c = block["configurations"][name]
-        row = {"configuration": name, "depth": c["depth"], "k": c["growth"], "modules": c["members"],
-               "parameters": finished.parameters(DENSENET, c), "published_parameters": printed["parameters"]}
-        rows.append(row)
-        cells.append([name, *(str(row[key]) for key in ("depth", "k", "modules")),
-                      beside_paper(f"{row['parameters']:,}", row["published_parameters"])])
-    return Table("DenseNet architectures, for 100 classes.", ["Name", "Depth", "k", "Modules", "Parameters"], cells,
-                 ["Parameters are those of all modules together."]), rows
+    rows = list(densenets(runs))
+    return Table("DenseNet architectures, for 100 classes.", ["Name", "Depth", "k", "Modules", "Parameters"],
+                 [densenet_cells(row) for row in rows], ["Parameters are those of all modules together."]), rows
 
 
 def table4(runs):
@@ -583,7 +569,7 @@ def judge(runs, made, folder):
 
 # How far cells of two runs of one preset may lie apart, absolute and relative; other columns name a row or follow.
 TOLERANCES = {
-    **dict.fromkeys(("n", "diverged", "depth", "k", "M", "modules", "parameters", "bytes_saved_for_backward"), (0, 0)),
+    **dict.fromkeys(("n", "diverged", "depth", "k", "M", "parameters", "bytes_saved_for_backward"), (0, 0)),
     **dict.fromkeys(("test_error_percent", "validation_error_percent"), (3, 0)), "error_percent": (10, 0),
     **dict.fromkeys(("cross_entropy", "filter_norm", "distance_from_initial_filters"), (0, 0.15))}
 KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss", "claim")
@@ -614,9 +600,6 @@ def compare(ours, theirs, names):
     return 1 if far else 0
 
 
-# --- main ----------------------------------------------------------------------------------------
-
-
 def main():
     every, p = FIGURES | TABLES, command.Parser(__doc__)
     place = {"type": Path, "metavar": "DIR"}
@@ -637,7 +620,6 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: make(runs, name, folder) for name in names}
     if rows := list(runs.every_run()):
-        folder.mkdir(parents=True, exist_ok=True)
         finished.write_csv(folder / "runs.csv", rows)
         print(f"all {len(rows)} training runs, a line each: {folder / 'runs.csv'}")
     print("figures: " + ", ".join(f"{stem(name)} {one.state}" for name, one in made.items()))

@@ -92,9 +92,6 @@ def measure(run, record, folder, find_data, results, device):
     return f"{run.label}: test error {whole:.2f} % with all members, {half:.2f} % with about half of them"
 
 
-# --- main ----------------------------------------------------------------------------------------
-
-
 def main():
     p = command.parser(__doc__)
     p.add_argument("--drop", default="example", choices=DROPS, help="; ".join(map(": ".join, DROPS.items())))

@@ -12,7 +12,7 @@ Figures 4 and 5 are made from these runs, Table 4 from the networks.
 """
 
 from study import command, plan
-from common import Ensemble, Refused
+from common import Ensemble
 
 from torch import nn
 
@@ -36,32 +36,18 @@ def convnet(filters, strides, padding, batchnorm, channels, classes):
 
 def build(settings, shape, classes, generator):
     filters, strides, padding = (settings[key] for key in ("filters", "strides", "padding"))
-    if not (isinstance(filters, list) and isinstance(strides, list) and len(filters) == len(strides)):
-        raise Refused(f"a ConvNet with filters {filters} has strides {strides}: two lists of one length, an entry per "
-                      "layer, were expected in presets.yaml")
-    size = min(shape[1:])
-    for stride in strides:
-        size = (size + 2 * padding - 3) // stride + 1
-        if size < 1:
-            raise Refused(f"images of {shape[2]}x{shape[1]} pixels are too small for a ConvNet with strides {strides} "
-                          f"and padding {padding}: nothing is left after its layers; use --set padding=1, or lower "
-                          "strides")
     return Ensemble(lambda: convnet(filters, strides, padding, settings["batchnorm"], shape[0], classes),
                     settings["members"], generator, settings["precision"])
 
 
 # --- The runs ------------------------------------------------------------------------------------
 
-# presets.yaml names all runs, in the block convnet_cifar; common.train trains each of them, on Eq. 4,
-# common.joint_loss. FIGURES says which of them a figure draws; `joint` stands for every lambda of the preset.
+# presets.yaml has all runs, in the block convnet_cifar; FIGURES says which a figure draws (`joint`: each lambda).
 FIGURES = {
     "4": {f"ConvNet-{size}M": ["joint"] for size in ("0.07", "0.14", "0.29", "0.60", "1.20")},
     "5": {"10xConvNet-0.29M": ["joint-0", "joint-1"]},
 }
 EXPERIMENT = plan.Experiment("convnet_cifar", build, FIGURES, weights=("5",))
-
-
-# --- main ----------------------------------------------------------------------------------------
 
 
 def main():

@@ -60,8 +60,7 @@ def build(settings, shape, classes, generator):
 
 # --- The runs ------------------------------------------------------------------------------------
 
-# presets.yaml names all runs, in the block mlp_fmnist; common.train trains each of them, on Eq. 4, common.joint_loss.
-# FIGURES says which of them a figure draws; `joint` stands for every lambda of the preset.
+# presets.yaml has all runs, in the block mlp_fmnist; FIGURES says which a figure draws (`joint`: each lambda).
 ENDS = ["joint-0", "joint-0.99", "joint-1"]
 FIGURES = {
     "2": {"1x1024H": ["joint-1"], "256x4H": ["joint-0", "joint-0.95", "joint-1", "bagging", "stacking"]},
@@ -72,9 +71,6 @@ FIGURES = {
     "9": {"64x16H": ["joint"]},
 }
 EXPERIMENT = plan.Experiment("mlp_fmnist", build, FIGURES, weights=("7", "8"))
-
-
-# --- main ----------------------------------------------------------------------------------------
 
 
 def main():

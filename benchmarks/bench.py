@@ -4,8 +4,8 @@
     python benchmarks/bench.py spread       # how far one trial moves by rounding alone
     python benchmarks/bench.py densenet     # one DenseNet beside torchvision's, for an epoch
 
-`steps` takes steps at the paper's batch size, each way on one thread, as a run has. The ways of an experiment take
-turns over several rounds, so that a machine whose speed drifts slows all alike. The table has medians.
+`steps` takes steps at the paper's batch size, each way on one thread, as a run has. The ways of a network take turns
+over several rounds, so that a machine whose speed drifts slows all alike. The table has medians.
 
 - ours: common.stepper, which gathers and augments its batch as well;
 - textbook: a DataLoader with two workers and torchvision's transforms, the stock networks in a list, `.item()` at
@@ -202,10 +202,10 @@ def machine_rates(device):
 def least_seconds(case):
     """A function of a machine's rates: seconds of the least that a step must do."""
     s, form, precision = case.run.settings, (case.data.shape, case.data.classes), case.run.settings["precision"]
-    ensemble = command.untrained_on_meta(case.experiment.build, s, *form)
+    ensemble = finished.untrained_on_meta(case.experiment.build, s, *form)
     with FlopCounterMode(display=False) as counter:
         ensemble(torch.empty(s["batch"], *case.data.shape, device="meta")).sum().backward()
-    kept = command.bytes_saved_for_backward(case.experiment.build, s, *form)
+    kept = finished.bytes_saved_for_backward(case.experiment.build, s, *form)
     moved = kept if precision == "bf16" else 2 * kept           # written and read, at 2 or 4 bytes a number
     return lambda rates: max(counter.get_total_flops() / rates[precision], moved / rates["copy"])
 
@@ -222,45 +222,35 @@ WAYS = {"ours": ours, "textbook": textbook, "vmap": vmapped, "floor": floor}
 
 
 def ways_of(name, preset):
-    """{(configuration, way, precision): function}; in bf16, too, where the CPU multiplies in it."""
-    print(f"{name} ...", file=sys.stderr, flush=True)
-    case = new_case(name, preset, batches=40)
-    ways = {(name, kind, "fp32"): make(case) for kind, make in WAYS.items()}
-    if EXPERIMENT_OF[name] != "mlp_fmnist" and study.bf16_is_fast(CPU):
-        case = new_case(name, preset, batches=40, precision="bf16")
-        ways |= {(name, kind, "bf16"): make(case) for kind, make in WAYS.items() if kind != "textbook"}
+    """{(way, precision): function}; in bf16, too, where the CPU multiplies in it."""
+    fast_bf16, ways = EXPERIMENT_OF[name] != "mlp_fmnist" and study.bf16_is_fast(CPU), {}
+    for precision in ("fp32", "bf16") if fast_bf16 else ("fp32",):
+        case = new_case(name, preset, batches=40, precision=precision)
+        ways |= {(kind, precision): make(case) for kind, make in WAYS.items()
+                 if (kind, precision) != ("textbook", "bf16")}
     return ways
 
 
-def measure(ways, steps, seconds):
-    """A row for each way: the median over 3 to 15 rounds, which begin within `seconds`, of `steps` steps in turn."""
-    times, began = collections.defaultdict(list), time.perf_counter()
+def measure(name, preset, seconds):
+    """A row for each way: the median over 3 to 15 rounds, which begin within `seconds`, of STEPS in turn."""
+    ways, times, began = ways_of(name, preset), collections.defaultdict(list), time.perf_counter()
     for rounds in range(1, 16):
-        for key, work in ways.items():
+        for way, work in ways.items():
             ctypes.CDLL(None).malloc_trim(0)            # what DN-Low's ways free adds up to 24 GB otherwise
-            times[key].append(work(steps))
-        print(f"  round {rounds}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            times[way].append(work(STEPS[EXPERIMENT_OF[name]]))
+        print(f"{name}, round {rounds}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         if rounds >= 3 and time.perf_counter() - began > seconds:
             break
-    rows = []
-    for (name, kind, precision), own in times.items():
-        ratio = statistics.median(own) / statistics.median(times[name, "ours", precision])
-        rows.append({"configuration": name, "way": kind, "precision": precision, "rounds": rounds,
-                     "step_ms": 1000 * statistics.median(own), "times_ours": ratio})
-    return rows
+    medians = {way: statistics.median(own) for way, own in times.items()}
+    return [{"configuration": name, "way": kind, "precision": precision, "rounds": rounds, "step_ms": 1000 * median,
+             "times_ours": median / medians["ours", precision]} for (kind, precision), median in medians.items()]
 
 
 def steps(args):
     names = [plan.checked_name(name, EXPERIMENT_OF, "configuration")
              for name in args.only or ("256x4H", "ConvNet-0.29M", "DN-Low")]
     study.choose_device("cpu")
-    rows, about = [], study.machine(CPU)
-    for experiment in dict.fromkeys(EXPERIMENT_OF[name] for name in names):
-        ways = {}
-        for name in names:
-            if EXPERIMENT_OF[name] == experiment:
-                ways |= ways_of(name, args.preset)
-        rows += measure(ways, STEPS[experiment], args.seconds)
+    rows, about = [row for name in names for row in measure(name, args.preset, args.seconds)], study.machine(CPU)
     print(f"{about['device']}, torch {about['torch']}, one thread; medians\n")
     print("| network | way | precision | step (ms) | step / ours |\n|---|---|---|---|---|")
     for row in rows:
@@ -352,13 +342,12 @@ def main():
     p.add_argument("--only", **several, metavar="NAME", help="steps, spread: these configurations")
     p.add_argument("--lambdas", **several, metavar="L", type=float, help="spread: these lambdas (default: 1)")
     p.add_argument("--preset", default="paper", help="a block of presets.yaml (default: paper)")
-    p.add_argument("--seconds", type=float, default=60, metavar="N", help="steps: for an experiment (default: 60)")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="the numbers (default: results/WHAT.csv)")
+    p.add_argument("--seconds", type=float, default=60, metavar="N", help="steps: for each of them (default: 60)")
     p.add_argument("--data-dir", metavar="DIR", help="spread, densenet: a folder with the real data")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     p.add_argument("--jobs", type=int, metavar="N", help="spread, densenet: runs at once (default: one per core)")
     args = p.parse_args()
-    path, rows = args.csv or args.results / f"{args.what}.csv", parts[args.what](args)
+    path, rows = args.results / f"{args.what}.csv", parts[args.what](args)
     path.parent.mkdir(parents=True, exist_ok=True)
     finished.write_csv(path, rows)
     print(path)

@@ -31,10 +31,7 @@ except KeyboardInterrupt:                           # PyTorch takes seconds
 
 
 def choose_device(name, jobs=None):
-    """The torch device for --device. Raises Refused if torch cannot use it, or for several jobs on a GPU.
-
-    A run has one thread: no number depends on how many cores there are.
-    """
+    """The torch device for --device. Raises Refused if torch cannot use it, or for several jobs on a GPU."""
     if jobs is not None and jobs < 1:
         raise Refused(f"--jobs {jobs}: expected at least 1")
     if name == "cpu":
@@ -42,7 +39,7 @@ def choose_device(name, jobs=None):
     if name == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda: torch sees no usable CUDA GPU; use --device cpu, or install a driver that fits "
                       f"torch {torch.__version__}")
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)            # a run has one: no number depends on how many cores there are
     torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
     torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32, in convolutions as well
     if name == "cpu" or not torch.cuda.is_available():

@@ -1,11 +1,9 @@
 """The paper's claims, held one by one against the finished runs. make_figures.py prints the verdicts.
 
 Every verdict has a scope (on what was the claim tested?) and an outcome (what was seen?). Only runs at the paper's
-protocol, with the paper's number of trials, speak of the paper: `reproduced`, `not reproduced` or `inconclusive`.
-Reduced runs on the paper's data show a trend or not; stand-in data, networks at chance, members that are not trained
-out and missing runs are no evidence. A claim is made of statistics with margins that were fixed before the runs. A
-statistic has a number for each trial, paired where two runs are compared; the 95 % interval of a t-test decides, which
-must lie on one side of the margin. Identities and errata are tests: tests/test_identities.py.
+protocol, with the paper's number of trials, speak of the paper. A claim is made of statistics with margins that were
+fixed before the runs. A statistic has a number for each trial, paired where two runs are compared; the 95 % interval of
+a t-test decides, which must lie on one side of the margin. Identities and errata are tests: tests/test_identities.py.
 """
 
 import copy
@@ -46,7 +44,7 @@ class Part:
     values: dict                                                # trial -> number, or truth
     lacking: str = field(default="", kw_only=True)              # why runs that are there may have no value
     whole_grid: bool = field(default=False, kw_only=True)       # does it need all lambdas?
-    scope, reason, needed, asked_for, with_runs = NO_EVIDENCE, "no run", TRIALS, frozenset(), frozenset()
+    scope, reason, needed = NO_EVIDENCE, "no run", TRIALS
 
     @property
     def n(self):
@@ -338,15 +336,14 @@ def scope_of(part, runs):
     if not part.n:
         if any(map(diverged, used)):
             return NO_EVIDENCE, "diverged"
-        if runs.asked - {record["configuration"] for record in used}:
+        if not all(runs.asked.values()):
             return NO_EVIDENCE, SOME_MISSING
         return NO_EVIDENCE, part.lacking or ("incomplete grid of λ" if part.whole_grid else SOME_MISSING)
     exact = runs.at_protocol()
     if part.whole_grid:
-        for name, configuration in {(trained_in(r["experiment"]), r["configuration"]) for r in used}:
-            mine, theirs = (blocks[name]["configurations"][configuration]["lambdas"]
-                            for blocks in (runs.block, runs.paper))
-            exact &= mine == theirs
+        mine, theirs = ([blocks[trained_in(r["experiment"])]["configurations"][r["configuration"]]["lambdas"]
+                         for r in used] for blocks in (runs.block, runs.paper))
+        exact &= mine == theirs
     if exact:
         return PROTOCOL, ""
     for name in sorted({record["configuration"] for record in used if record["experiment"] == DENSENET}):
@@ -401,10 +398,11 @@ def tested(statistics, runs):
     parts = []
     runs.begin()
     for part in statistics:
-        part.asked_for, part.with_runs = runs.asked, {record["configuration"] for record in runs.used.values()}
         part.scope, part.reason = scope_of(part, runs)
+        part.configurations = runs.asked
         if part.scope == PROTOCOL:
-            part.needed = min(runs.paper[trained_in(record["experiment"])]["trials"] for record in runs.used.values())
+            paper = (runs.paper[trained_in(r["experiment"])]["configurations"] for r in runs.used.values())
+            part.needed = min(c["trials"] for configurations in paper for c in configurations.values())
         parts.append(part)
         runs.begin()
     return parts
@@ -433,10 +431,10 @@ def why_not_tested(parts):
     for part in parts:
         if part.scope == NO_EVIDENCE and part.reason != "no run":
             return part.reason
-    asked_for = set().union(*(part.asked_for for part in parts))
-    with_runs = set().union(*(part.with_runs for part in parts))
-    if with_runs and with_runs < asked_for:
-        return f"{len(with_runs)} of {len(asked_for)} configurations {'has' if len(with_runs) == 1 else 'have'} runs"
+    asked = {name for part in parts for name in part.configurations}
+    with_runs = {name for part in parts for name, there in part.configurations.items() if there}
+    if with_runs and with_runs < asked:
+        return f"{len(with_runs)} of {len(asked)} configurations {'has' if len(with_runs) == 1 else 'have'} runs"
     return SOME_MISSING if with_runs else "no run"
 
 

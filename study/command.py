@@ -31,10 +31,7 @@ import torch
 
 
 def do_run(experiment, run, data, results, report=lambda epoch, history: None, eager=False):
-    """Trains one run and writes its folder. Returns its result, as run.json has it. `eager`: as in common.train.
-
-    Raises Refused, and writes nothing, if the device has too little memory.
-    """
+    """Trains one run and writes its folder. Returns its result, as run.json has it. `eager`: as in common.train."""
     checkpoint, ensemble = folders.Checkpoint(run, results), None
     with errors_in_one_line(run.label):
         if run.method == "stacking":
@@ -62,17 +59,19 @@ def summary_line(run, result):
     if result["diverged_at_epoch"] is not None:
         return f"{run.label}: DIVERGED at epoch {result['diverged_at_epoch']}"
     remark = f"epoch {result['epoch']}" if "epoch" in result else f"penalty {result['penalty']:g}"
-    if result.get("penalty_is_outermost"):
-        remark += ", at an end of the grid: widen `penalties` in presets.yaml"
-    if result.get("fits_not_converged"):
-        remark += f", {result['fits_not_converged']} fits did not converge: try other `penalties`"
+    if result.get("penalty_is_outermost") or result.get("fits_not_converged"):
+        remark += ", at an end of the grid or not converged: change `penalties` in presets.yaml"
     return f"{run.label}: test error {100 * result['test_ensemble_error']:.2f} % ({remark})"
 
 
 FIXES = {       # words of an error of PyTorch -> what a user can do about it
     "use_deterministic_algorithms": "leave --deterministic out",
     "more than 1 value per channel": "the last batch has one image, too few for batch norm: use --set batch=N",
+    "loading state_dict": "the checkpoint is of another network: remove it, or use another --results folder",
     "Nesterov momentum": "set momentum above 0, or nesterov=false",
+    "zip() argument": "`filters` and `strides` of a ConvNet have an entry per layer each",
+    **dict.fromkeys(("Kernel size can't be greater", "Output size is too small"),
+                    "the images are too small for the network: lower its strides, or set padding=1"),
     "captured": "add --eager, which launches each step and is slower"}      # fast.CannotCapture
 
 
@@ -100,9 +99,14 @@ def print_tuned(runs, results):
     rates = collections.defaultdict(dict)
     for configuration, lam in sorted({key[:2] for key in errors}):
         tried = [rate for *key, rate in errors if key == [configuration, lam]]
-        best = rates[configuration][lam] = min(tried, key=lambda rate: np.mean(errors[configuration, lam, rate]))
-        if len(tried) > 1 and best in (min(tried), max(tried)):
-            print(f"{configuration}, lambda {lam:g}: {best:g} is at an end of the grid: widen `tune` in presets.yaml")
+        best = min(tried, key=lambda rate: np.mean(errors[configuration, lam, rate]))
+        if len(tried) == 1 or math.isinf(np.mean(errors[configuration, lam, best])):
+            said = f"no rate to recommend: {'one was tried' if len(tried) == 1 else 'all diverged'}"
+        else:
+            rates[configuration][lam] = best
+            said = f"{best:g} is at an end of the grid" if best in (min(tried), max(tried)) else ""
+        if said:
+            print(f"{configuration}, lambda {lam:g}: {said}; widen `tune` in presets.yaml")
     for configuration, best in rates.items():
         print(f"{configuration}: lr: {{{', '.join(f'{lam:g}: {rate:g}' for lam, rate in best.items())}}}")
 
@@ -148,26 +152,6 @@ def estimate(experiment, runs, data_of, eager=False):
     return seconds
 
 
-def untrained_on_meta(build, settings, shape, classes):
-    """The ensemble in fp32 without memory: for its shapes."""
-    with torch.device("meta"):
-        return build(settings | {"precision": "fp32"}, shape, classes, torch.Generator("cpu")).train()
-
-
-def bytes_saved_for_backward(build, settings, shape, classes):
-    """What autograd keeps of one forward pass for the backward pass in fp32, weights left out; takes no memory."""
-    ensemble, kept = untrained_on_meta(build, settings, shape, classes), {}
-
-    def keep(tensor):
-        return kept.setdefault(tensor.untyped_storage()._cdata, tensor)     # held, so that no two share an address
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ensemble(torch.empty(settings["batch"], *shape, device="meta"))
-    for weight in ensemble.parameters():
-        kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
 def runs_at_once(runs, data_of, jobs, cores):
     """How many runs to train at once: --jobs; else one on a GPU, and on a CPU one per core that memory allows."""
     if jobs or not runs or data_of(runs[0]).device.type == "cuda":
@@ -203,21 +187,17 @@ def duration(seconds):
 
 
 class Progress:
-    """Prints a line for each run that ends, and every half minute one for those in training, with the time left.
-
-    seconds: what each run will take, by its path.
-    """
+    """Prints a line for each run that ends, and every half minute one for those in training, with the time left."""
 
     def __init__(self, seconds, jobs):
-        self.seconds, self.left, self.jobs = seconds, dict(seconds), jobs
+        self.seconds, self.left, self.jobs = seconds, dict(seconds), jobs       # of each run, by its path
         self.training = {}                  # what is said of a run in training, by its path
         self.began = self.said = time.perf_counter()
 
-    def epoch_ended(self, path, epoch, epochs, text, line=None):
-        """`line` is printed at once, `text` when it is time."""
+    def epoch_ended(self, path, epoch, epochs, text):
         self.training[path], self.left[path] = text, (1 - epoch / epochs) * self.seconds[path]
-        if line or time.perf_counter() - self.said > 30:
-            self.say(line or "; ".join(self.training.values()))
+        if time.perf_counter() - self.said > 30:
+            self.say("; ".join(self.training.values()))
 
     def run_ended(self, run, line):
         """A run has its line, or None if it was skipped."""
@@ -236,15 +216,12 @@ class Progress:
 
 def reporter(run, epoch_ended):
     """The report of common.train on a run, as calls of Progress.epoch_ended."""
-    part, epochs = "validation" if run.settings["validation"] else "test", run.settings["epochs"]
+    part, name = (1, "validation") if run.settings["validation"] else (0, "training")
+    epochs = run.settings["epochs"]
 
     def report(epoch, history):
-        line, error = None, 100 * history[-1][1]["ensemble_error"]
-        if epoch == 3 and run.lam == 1 and run.settings["members"] > 1:         # the paper's early sign, Sec. 4
-            best, second = 100 * np.sort(history[-1][0]["member_error"])[:2]
-            line = (f"{run.label}: over epoch 3 the two best members have {best:.1f} and {second:.1f} % train error: "
-                    f"{'OVER CAPACITY' if second - best >= 5 else 'not over capacity'} for end-to-end training")
-        epoch_ended(run.path, epoch, epochs, f"{run.label}: epoch {epoch}/{epochs}, {part} error {error:.1f} %", line)
+        error = 100 * history[-1][part]["ensemble_error"]
+        epoch_ended(run.path, epoch, epochs, f"{run.label}: epoch {epoch}/{epochs}, {name} error {error:.1f} %")
     return report
 
 
@@ -252,10 +229,9 @@ def reporter(run, epoch_ended):
 
 
 def run_at_once(to_do, results, do, jobs, seconds):
-    """do(run, say) for each run, `jobs` at once; it returns the line on the run. Shows progress.
+    """do(run, say) for each run, `jobs` at once, with progress; it returns the line on the run.
 
-    seconds: what each run will take, by its path. A run that another command trains is skipped, and so is stacking of
-    such members: if one is missing at the end, this says so and ends with exit status 1.
+    A run that another command trains is skipped, and so is stacking of its members: then the exit status is 1.
     """
     progress = Progress(seconds, jobs)
 
@@ -284,8 +260,7 @@ def run_at_once(to_do, results, do, jobs, seconds):
 def in_processes(to_do, attempt, jobs, progress):
     """attempt(run, say) for each run, `jobs` at once, in processes that are forked and so share the data in memory.
 
-    Stacking begins when its members are finished. Whatever ends this process ends the others. Raises Refused if one of
-    them dies, and what an attempt raises.
+    Stacking begins when its members are finished. Whatever ends this process ends the others.
     """
     fork = multiprocessing.get_context("fork")
     messages, left, running = fork.SimpleQueue(), list(to_do), {}
@@ -468,25 +443,21 @@ def train_study(experiment, args):
 
 
 def command_line(main):
-    """Runs a script's `main`; bad input becomes one line on stderr and exit status 2.
-
-    Ctrl-C and SIGTERM end it within a step, with exit status 130 and 143.
-    """
+    """Runs a script's `main`; bad input becomes one line on stderr and exit status 2, Ctrl-C 130, SIGTERM 143."""
     def stop(number, frame):
         signal.signal(number, signal.SIG_IGN)           # a second one, of whoever signals all, would disturb the end
         raise KeyboardInterrupt(number)
 
     status, text = 0, ""
     signal.signal(signal.SIGTERM, stop)
-    if sys.stdout is not None:                          # it may be closed
-        sys.stdout.reconfigure(errors="replace")        # a λ in a locale that has none
+    sys.stdout.reconfigure(errors="replace")            # a λ in a locale that has none
     try:
         main()
         print(end="", flush=True)
     except Refused as error:
         status, text = 2, f"error: {error}"
     except BrokenPipeError:                             # the reader of the output, such as head, has enough
-        status = 1
+        os._exit(1)                                     # (Python's own end would write what is left)
     except OSError as error:                            # no access, a full disk, a folder that went away
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         status, text = 2, f"error: {what}; finished runs are kept: mend this, and give the same command again"
@@ -494,10 +465,6 @@ def command_line(main):
         status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         text = ("\nstopped; finished runs are kept, and of the others all but the last minute or epoch: give the same "
                 "command again to go on")
-    try:
-        print(end="", flush=True)
-    except OSError:                                     # what is left, Python would try to write at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if status:
-        print(text, end="\n" if text else "", file=sys.stderr)
+        print(text, file=sys.stderr)
         sys.exit(status)

@@ -23,6 +23,7 @@ import yaml
 
 MLP, DENSENET, CONVNET = "mlp_fmnist", "densenet_cifar", "convnet_cifar"
 LEARNING = 0.8          # an ensemble learns if its test error is at most this share of the error of guessing
+TOLD = {"data", "classes", "precision", "loss"}         # settings that provenance tells by their values
 OF_A_METHOD = {"lr", "bagging", "stacking", "folds", "penalties"}       # settings in which the trials of a method agree
 # Settings in which the runs of an experiment agree (but `independent`, with a weight decay of its own). In the others,
 # those of a configuration do.
@@ -71,14 +72,11 @@ def mean_and_error(values):
 
 
 def write_csv(path, rows, provenance=""):
-    """Rows (dicts) as CSV, with a column for every key; the last one has the provenance, in the first row.
-
-    It has no comma there: numpy.genfromtxt, which knows no quotes, would find more cells in that row.
-    """
+    """Rows (dicts) as CSV, with a column for every key; the last one has the provenance, in the first row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if provenance:
         columns.append("provenance")
-        provenance = provenance.replace("\n", " · ").replace(",", ";")
+        provenance = provenance.replace("\n", " · ").replace(",", ";")      # numpy.genfromtxt knows no quotes
         rows = [row | {"provenance": "" if i else provenance} for i, row in enumerate(rows)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -107,24 +105,29 @@ def error_share(record, folder):
     return error / (1 - 1 / (s.get("classes") or common.DATASETS[s["dataset"]].classes))    # (older runs: all classes)
 
 
-def dominance(record, history):
-    """How far one member is ahead of the others, in points of error: a row of Fig. 6's numbers.
+def errors_at_the_end(record, history, part):
+    """The errors of the ensemble and of the members (M,) at the reported epoch, in training or test."""
+    if part == "test":
+        return record["result"]["test_ensemble_error"], history["reported_test_member_error"]
+    at = record["result"]["epoch"] - 1
+    return history["train_ensemble_error"][at], history["train_member_error"][at]
 
-    dominance is the median member's error minus the best member's, at the reported epoch. In runs of at least ten
-    epochs, in which epoch 3 is early, gap_at_epoch_3 is that between the two lowest training errors.
+
+def dominance(record, history):
+    """How far one member is ahead of the others at the reported epoch, in points of error: a row of Fig. 6's numbers.
+
+    In runs of at least ten epochs, in which epoch 3 is early, gap_at_epoch_3 is between the two lowest training errors.
     """
-    at, epochs = record["result"]["epoch"] - 1, record["settings"]["epochs"]
     row = {"configuration": record["configuration"], "method": joint(record["lambda"]), "trial": record["trial"],
-           "epochs": epochs}
-    for part, errors, ensemble in (
-            ("train", history["train_member_error"][at], history["train_ensemble_error"][at]),
-            ("test", history["reported_test_member_error"], record["result"]["test_ensemble_error"])):
+           "epochs": record["settings"]["epochs"]}
+    for part in ("train", "test"):
+        ensemble, errors = errors_at_the_end(record, history, part)
         best, second = np.sort(errors)[:2]
         row |= {f"{part}_{name}": 100 * float(value) for name, value in (
             ("ensemble_error", ensemble), ("best_member_error", best), ("second_best_member_error", second),
             ("median_member_error", np.median(errors)), ("dominance", np.median(errors) - best))}
-    if epochs >= 10:
-        early, end = history["train_member_error"][2], int(history["train_member_error"][at].argmin())
+    if row["epochs"] >= 10:
+        early, end = history["train_member_error"][2], int(errors_at_the_end(record, history, "train")[1].argmin())
         best, second = np.sort(early)[:2]
         row |= {"best_member_at_epoch_3": int(early.argmin()) + 1, "best_member_at_end": end + 1,
                 "same": int(early.argmin()) == end, "gap_at_epoch_3": 100 * float(second - best)}
@@ -142,12 +145,30 @@ def first_layer(folder, record):
     return now, (now - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
 
 
-def parameters(experiment, settings, classes=100):
-    """The parameters of all members for 32x32 images; takes no memory."""
-    build, one = experiment_of(experiment).build, settings | {"members": 1, "precision": "fp32"}
+def untrained_on_meta(build, settings, shape, classes):
+    """The ensemble in fp32 without memory: for its shapes."""
     with torch.device("meta"):
-        member = build(one, (3, 32, 32), classes, torch.Generator("cpu"))
-    return settings["members"] * sum(p.numel() for p in member.parameters())
+        return build(settings | {"precision": "fp32"}, shape, classes, torch.Generator("cpu"))
+
+
+def parameters(experiment, settings):
+    """The parameters of all members for CIFAR-100."""
+    one = untrained_on_meta(experiment_of(experiment).build, settings | {"members": 1}, (3, 32, 32), 100)
+    return settings["members"] * sum(p.numel() for p in one.parameters())
+
+
+def bytes_saved_for_backward(build, settings, shape, classes):
+    """What autograd keeps of one forward pass for the backward pass in fp32, weights left out; takes no memory."""
+    ensemble, kept = untrained_on_meta(build, settings, shape, classes), {}
+
+    def keep(tensor):
+        return kept.setdefault(tensor.untyped_storage()._cdata, tensor)     # held, so that no two share an address
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ensemble(torch.empty(settings["batch"], *shape, device="meta"))
+    for weight in ensemble.parameters():
+        kept.pop(weight.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 # --- The runs of a preset ------------------------------------------------------------------------
@@ -170,7 +191,7 @@ class FinishedRuns:
 
     def begin(self):
         self.used = {}                                          # folder -> run.json
-        self.asked = set()                                      # configurations
+        self.asked = {}                                         # configuration -> has it a run?
         self.agreed = {}                                        # (where, setting) -> its value in the runs in use
 
     def planned(self, figure):
@@ -179,8 +200,7 @@ class FinishedRuns:
             block, draws = self.block[experiment], experiment_of(experiment).figures.get(figure, {})
             keys = [(configuration, folders.method_name(*which), trial)
                     for configuration, c in block["configurations"].items()
-                    for which in plan.runs_of_figure(draws, configuration, c) for trial in range(block["trials"])
-                    if plan.has_trial(c, *which, trial)]
+                    for which in plan.runs_of_figure(draws, configuration, c) for trial in range(c["trials"])]
             yield from ((experiment, *key) for key in keys)
             if figure in importlib.import_module("robustness").FIGURES:
                 yield from ((f"robustness-{self.drop}", *key) for key in keys)
@@ -211,7 +231,7 @@ class FinishedRuns:
         """(run.json, folder) by trial of the finished runs of one method. Raises Refused if settings are mixed."""
         place = self.results / self.name / experiment / configuration
         found = [(self.whole_run(path), path) for path in folders.run_folders(place, method)]
-        self.asked.add(configuration)
+        self.asked[configuration] = bool(found) or self.asked.get(configuration, False)
         for record, path in found:
             self.refuse_mixture(path, record)
             self.used[path] = record
@@ -265,19 +285,21 @@ class FinishedRuns:
                 raise Refused(f"{self.results / self.name} mixes runs with {key} {other!r} and {value!r}, as in "
                               f"{path}: remove those of one kind")
 
+    def not_the_papers(self, record):
+        """Names of the settings of a run, but trial, seed and kept weights, that are not those of the block `paper`."""
+        block, which = self.paper[trained_in(record["experiment"])], (record["method"], record["lambda"])
+        c = block["configurations"].get(record["configuration"])
+        if c is None:
+            return ["configuration"]
+        own, theirs = trained(record), plan.run_settings(block, c, *which)
+        theirs |= {"seed": own["seed"], "data": common.DATASETS[block["dataset"]].description}
+        names = [key for key in theirs | own if own.get(key) != theirs.get(key)]
+        names += [key for key, value in self.measured.items() if record["settings"].get(key, value) != value]
+        return names if which in plan.planned_methods(c) else [*names, "lambda"]
+
     def at_protocol(self):
-        """Is every setting of the runs in use, but trial, seed and kept weights, that of the block `paper`?"""
-        for record in self.used.values():
-            block, which = self.paper[trained_in(record["experiment"])], (record["method"], record["lambda"])
-            c = block["configurations"].get(record["configuration"])
-            if not c or which not in plan.planned_methods(c):
-                return False
-            theirs = plan.run_settings(block, c, *which) | {
-                "seed": 0, "data": common.DATASETS[block["dataset"]].description}
-            if folders.first_difference(trained(record) | {"seed": 0}, theirs) or any(
-                    record["settings"].get(key, value) != value for key, value in self.measured.items()):
-                return False
-        return True
+        """Are the settings of all runs in use the paper's?"""
+        return not any(map(self.not_the_papers, self.used.values()))
 
     def at_chance(self):
         """Is an ensemble of the runs in use at the level of guessing?"""
@@ -293,26 +315,18 @@ class FinishedRuns:
             paper, s = self.paper[experiment], trained(next(iter(used.values())))
             data = s["data"]["name"] if s["data"]["source"] == "real" else "SYNTHETIC STAND-IN DATA"
             trials = trials_of(collections.Counter(path.parent for path in used).values())
-            wanted = f" (paper: {paper['trials']})" if trials != str(paper["trials"]) else ""
-            left_out, names = sum(map(diverged, used.values())), reduced(paper, used.values())
+            most = max(c["trials"] for c in paper["configurations"].values())
+            wanted = f" (paper: {most})" if trials != str(most) else ""
+            left_out, names = sum(map(diverged, used.values())), dict.fromkeys(
+                key for record in used.values() for key in self.not_the_papers(record) if key not in TOLD)
             parts = [f"{experiment}: {data}", f"{s['classes']} classes" if s.get("classes") else "",    # (or all)
                      f"preset {self.name}, n = {trials}{wanted}", s.get("precision"),
                      f"loss {s['loss']}" if "loss" in s else "",
                      f"{left_out} diverged, left out of the means" if left_out else "",
-                     f"reduced: {', '.join(names)}" if names else ""]
+                     f"other than the paper's: {', '.join(names)}" if names else ""]
             lines.append(" · ".join(filter(None, parts)))
+        if without := [name for name, there in self.asked.items() if not there]:
+            lines.append(f"no run yet: {', '.join(without)}")
         devices, commits = (", ".join(sorted({str(record["machine"][key]) for record in self.used.values()}))
                             for key in ("device", "commit"))
         return "\n".join([*lines, f"{devices} · code: {commits}"])
-
-
-def reduced(paper, records):
-    """Names of the settings, but classes and precision, that are not the paper's; presets.yaml has the values."""
-    names = {}                              # in order
-    for record in records:
-        theirs = paper | paper["configurations"].get(record["configuration"], {})
-        apart = OF_A_METHOD | {"precision", "dataset", "classes"}
-        apart |= {"weight_decay"} if record["method"] == "independent" else set()
-        names |= {key: None for key, value in trained(record).items()
-                  if key in theirs.keys() - apart and value != theirs[key]}
-    return list(names)

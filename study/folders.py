@@ -5,7 +5,6 @@ run.json, written last: it exists if and only if the run is finished. Before, th
 """
 
 import contextlib
-import copy
 import datetime
 import fcntl
 import io
@@ -81,30 +80,30 @@ def download(name):
 
 
 def cut_data(data, name, policy, settings):
-    """What find_data found, or the stand-in, cut to the classes and sizes in the settings of runs.
-
-    In a plan, which downloads nothing, the stand-in may have to carry the description of the real data.
-    """
+    """What find_data found, or the stand-in, cut to the classes and sizes in the settings of runs."""
     dataset, s = common.DATASETS[name], settings
+    size = None if s["test"] == "unused" else s["test"]
     classes = s.get("classes") or dataset.classes           # (runs of earlier versions have all)
     if data is None:
         train = s["train"] + s["validation"] if s["train"] else dataset.train * classes // dataset.classes
-        test = s["test"] or dataset.test * classes // dataset.classes
+        test = size or dataset.test * classes // dataset.classes
         data = common.synthetic(classes, dataset.shape, train, test)
-        if policy == "real":
+        if policy == "real":            # in a plan, which downloads nothing
             data.description, data.origin = dataset.description, "to be downloaded first"
     if classes < data.classes:
         data = common.first_classes(data, classes)
+    if s["test"] == "unused" and s["train"]:
+        data = common.test_on_the_rest(data, s["train"] + s["validation"])
     n, tests, name = len(data.train_labels), len(data.test_labels), data.description["name"]
     train = s["train"] or max(n - s["validation"], 1)
     for what, asked, most, of in (
             (f"classes {classes}", classes, dataset.classes, "classes"),
             (f"train {train} and validation {s['validation']}", train + s["validation"], n, "training images"),
             (f"batch {s['batch']}", s["batch"], train, "images to train on"),
-            (f"test {s['test']}", s["test"] or 0, tests, "test images")):
+            (f"test {size}", size or 0, tests, "test images")):
         if asked > most:
             raise Refused(f"{what}: more than the {most} {of} of {name}; lower it with --set or in presets.yaml")
-    return replace(data, test_images=data.test_images[:s["test"]], test_labels=data.test_labels[:s["test"]])
+    return replace(data, test_images=data.test_images[:size], test_labels=data.test_labels[:size])
 
 
 # --- Writing a finished run ----------------------------------------------------------------------
@@ -243,7 +242,7 @@ def load_weights(folder, name="weights.pt"):
     check_zip(folder / name)
     try:
         return torch.load(folder / name, map_location="cpu", weights_only=True)
-    except RuntimeError as error:       # the zip's directory has no check sum
+    except (RuntimeError, pickle.UnpicklingError) as error:     # the zip's directory has no check sum
         raise Damaged(folder / name, str(error).splitlines()[0]) from error
 
 
@@ -324,19 +323,16 @@ class Checkpoint:
 
     def resume(self, parts):
         """Puts the state of `parts` back; returns history and best: [] and None if the run begins. Sets a checkpoint
-        aside that is damaged or of another network. Raises Refused if it is of other settings."""
+        aside that is damaged. Raises Refused if it is of other settings, RuntimeError if it is of another network."""
         if not self.path.is_file():
             return [], None
-        fresh = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         try:
             state = load_weights(self.path.parent, self.path.name)
-            refuse_other_settings(self.run, json.loads(state["settings"]), self.path)
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
-        except (Damaged, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            for name, part in parts.items():
-                part.load_state_dict(fresh[name])
-            set_aside(self.path, f"damaged or of another network: {str(error).splitlines()[0]}")
+        except Damaged as error:
+            set_aside(*error.args)
             return [], None
+        refuse_other_settings(self.run, json.loads(state["settings"]), self.path)
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
         self.began -= state["seconds"]
         return state["history"], state["best"]

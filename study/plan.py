@@ -21,24 +21,29 @@ import yaml
 
 METHODS = ("joint", "independent", "bagging", "stacking")
 POLICIES = ("real", "auto", "synthetic")
-SHARED = ("dataset", "epochs", "batch", "train", "test", "validation", "augment", "momentum", "nesterov",
-          "weight_decay", "decay")                                      # settings of every run of an experiment
-OTHERS = ("trials", "tune", "bagging", "penalties", "stacking", "folds")        # the rest of an experiment's block
-CONFIGURATION = ("classes", "members", "lr", "methods", "lambdas", "weights", "first", "once")   # and of its network
+SHARED = ("dataset", "batch", "train", "test", "validation", "augment", "momentum", "nesterov", "weight_decay",
+          "decay")                                                      # settings of every run of an experiment
+OTHERS = ("evaluate", "tune", "bagging", "penalties", "stacking", "folds")      # the rest of an experiment's block
+CONFIGURATION = ("classes", "trials", "epochs", "members", "lr", "methods", "lambdas", "weights",
+                 "first")                                               # and of its network
 
-OR_ALL = ("classes", "train", "test")           # a count, or null for all
-WHOLE, NUMBER, WORD = (int,), (int, float), (str,)
-COUNT = (WHOLE, lambda x: x >= 1, "a whole number of at least 1")
+def at_least(n, *others):
+    """An entry of VALUES: a whole number of at least n, or one of the others."""
+    words = [f"a whole number of at least {n}", *("null" if other is None else other for other in others)]
+    return (int, *map(type, others)), lambda x: x in others or (type(x) is int and x >= n), " or ".join(words)
+
+
+NUMBER, WORD = (int, float), (str,)
 LAMBDA = (NUMBER, lambda x: 0 <= x <= 1 and float(f"{x:g}") == x, "a number in [0, 1], of at most six digits")
 VALUES = {      # (types, test, words) of a value, or of each entry of a list; others have the type they have in `paper`
-    **dict.fromkeys(("epochs", "batch", "train", "test", "trials", "members", "repeats", "hidden", "depth", "growth",
-                     "filters", "strides"), COUNT),
-    **dict.fromkeys(("classes", "folds"), (WHOLE, lambda x: x >= 2, "a whole number of at least 2")),
-    **dict.fromkeys(("validation", "padding"), (WHOLE, lambda x: x >= 0, "a whole number of at least 0")),
+    **dict.fromkeys(("epochs", "evaluate", "batch", "trials", "members", "repeats", "hidden", "depth", "growth",
+                     "filters", "strides"), at_least(1)),
+    "classes": at_least(2, None), "train": at_least(1, None), "test": at_least(1, None, "unused"), "folds": at_least(2),
+    **dict.fromkeys(("validation", "padding"), at_least(0)),
     **dict.fromkeys(("lambdas", "weights"), LAMBDA),
     **dict.fromkeys(("lr", "penalties", "tune"), (NUMBER, lambda x: x > 0, "a number above 0")),
     **dict.fromkeys(("momentum", "weight_decay"), (NUMBER, lambda x: x >= 0, "a number of at least 0")),
-    **dict.fromkeys(("first", "once"), (WORD, lambda x: x.split("-")[0] in METHODS, "a method such as joint-0.5")),
+    "first": (WORD, lambda x: x.split("-")[0] in METHODS, "a method such as joint-0.5"),
     "decay": (NUMBER, lambda x: 0 < x < 1, "a share of the epochs, above 0 and below 1"),
     **{key: (WORD, words.__contains__, f"one of {', '.join(words)}") for key, words in (
         ("data", POLICIES), ("methods", METHODS), ("bagging", ("weights", "resample")),
@@ -69,7 +74,7 @@ def check(key, value, like, where):
             raise Refused(f"{where}: {value!r} is not a list such as {like}")
         entries = value
     for entry in entries:
-        if not (type(entry) in types and test(entry)) and not (entry is None and key in OR_ALL):
+        if not (type(entry) in types and test(entry)):
             raise Refused(f"{where}: {entry!r} is not {words}")
 
 
@@ -113,10 +118,7 @@ def complete(block):
 
 
 def merge(base, schema, changes, where):
-    """`base` with the values of `changes`: only keys that `schema` has, each value as `check` wants it.
-
-    A configuration may also change what its block sets for all of them, such as `lr` or `classes`.
-    """
+    """`base` with the values of `changes`: only keys that `schema` has, each value as `check` wants it."""
     if not isinstance(changes, dict):
         raise Refused(f"{where} is {changes!r}: expected a block of settings")
     merged = dict(base)
@@ -259,15 +261,12 @@ def runs_of_figure(figure, configuration, c):
     return [(method, lam) for method, lam in planned_methods(c) if {method, method_name(method, lam)} & words]
 
 
-def has_trial(c, method, lam, trial):
-    """Does a preset have this trial of a method of a configuration? Of the methods in `once`, it has the first only."""
-    return trial == 0 or method_name(method, lam) not in c["once"]
-
-
 def run_settings(block, c, method, lam):
     """All that decides the numbers of a run, but data and seed."""
     settings = {key: value for key, value in c.items() if key not in CONFIGURATION}
-    settings |= {"members": c["members"], "classes": c["classes"], **{key: block[key] for key in SHARED}}
+    settings |= {key: c[key] for key in ("members", "classes", "epochs")} | {key: block[key] for key in SHARED}
+    if block["evaluate"] > 1 and not block["validation"]:
+        settings["evaluate"] = block["evaluate"]
     settings["lr"] = next(c["lr"][upper] for upper in sorted(c["lr"]) if lam <= upper)   # {0.95: a, 1: b}: b for 0.97
     if method == "independent":
         # SGD on the sum of the members' losses at rate r and decay d. The loss at lambda 0 is that sum over M: its
@@ -286,20 +285,16 @@ def run_settings(block, c, method, lam):
 
 
 def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, methods=None, figures=None):
-    """The runs of an experiment, trial by trial: the methods in `first`, then the others, then those in `once`.
-
-    `only`, `lambdas`, `methods` and `figures` narrow them. Stacking combines the members of its trial's lambda 0 run,
-    which comes before it.
-    """
+    """The runs of an experiment, narrowed by the last arguments: the methods in `first`, then the others, by trial."""
     runs = []
-    for trial in range(block["trials"]):
+    for trial in range(max(c["trials"] for c in block["configurations"].values())):
         for name in dict.fromkeys(only or block["configurations"]):
             c = block["configurations"][name]
-            wanted = [each for each in planned_methods(c, lambdas, methods) if has_trial(c, *each, trial)]
+            wanted = planned_methods(c, lambdas, methods) if trial < c["trials"] else []
             drawn = {figure: runs_of_figure(experiment.figures[figure], name, c) for figure in figures or ()}
             if figures:
                 wanted = [each for each in wanted if any(each in some for some in drawn.values())]
-            if ("stacking", 0) in wanted and ("joint", 0) not in wanted:
+            if ("stacking", 0) in wanted and ("joint", 0) not in wanted:        # whose members it combines
                 wanted.insert(0, ("joint", 0))
             stacked = "stacking" in c["methods"] or ("stacking", 0) in wanted
             for method, lam in wanted:
@@ -310,11 +305,7 @@ def list_runs(preset, experiment, block, data, seed=0, only=None, lambdas=None, 
     if not runs:
         raise Refused("no run matches this selection of configurations, methods, lambdas and figures (bagging, "
                       "stacking and independent need more than one member); see --dry-run without it")
-
-    def turn(run):
-        c = block["configurations"][run.configuration]
-        return run.method_name in c["once"], run.method_name not in c["first"]
-    return sorted(runs, key=turn)
+    return sorted(runs, key=lambda run: run.method_name not in block["configurations"][run.configuration]["first"])
 
 
 def shard(runs, part, parts):

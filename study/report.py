@@ -1,6 +1,7 @@
 """The report: one page that opens from disk, with the verdicts, every figure, and the numbers that the paper prints."""
 
 import base64
+import re
 from html import escape
 
 from study import claims, plan
@@ -33,13 +34,14 @@ COLOURS = {**dict.fromkeys(("reproduced", "trend seen", "met", "within 0.5 point
 
 
 def table(caption, columns, rows):
-    """A table of text; the last column is coloured by its words."""
+    """A table of text (**bold**); the last column is coloured by its words."""
     head = "".join(f'<th scope="col">{escape(one)}</th>' for one in columns)
     body = ""
     for first, *cells, last in rows:
         cells = "".join(f"<td>{escape(one)}</td>" for one in cells)
         colour = COLOURS.get(last.split(" (")[0], "none")
         body += f'<tr><th scope="row">{escape(first)}</th>{cells}<td class="{colour}">{escape(last)}</td></tr>'
+    body = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", body)
     return (f'<div class="table" tabindex="0"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>")
 
@@ -66,8 +68,7 @@ def figure_section(runs, judged, name, one, folder):
     """A figure or table: what it shows, the claims with their statistics, what makes it, what it was made from."""
     yield f"<h2>{escape(one.about)}</h2>"
     if one.table:
-        cells = [[cell.replace("**", "") for cell in row] for row in one.table.cells]
-        yield table(one.table.caption, one.table.columns, cells)
+        yield table(one.table.caption, one.table.columns, one.table.cells)
         yield from map(paragraph, one.table.notes)
     elif one.state != "NOT DRAWN":
         picture = base64.b64encode((folder / f"{stem(name)}.png").read_bytes()).decode()
@@ -83,10 +84,10 @@ def figure_section(runs, judged, name, one, folder):
                        "statistic", "mean", "95 % interval", "n", "claimed", "scope", "decides"], rows) + "</details>")
     draw = f"python make_figures.py {name} --preset {runs.name}{runs.results_flag}"
     yield f"<pre>{escape(chr(10).join([*runs.commands(name, one.used), draw]))}</pre>"
-    minutes = sum(record["seconds"] for record in one.used.values()) / 60
+    minutes = round(sum(record["seconds"] for record in one.used.values()) / 60)
+    took, state = f"{minutes} minutes" if minutes else "under a minute", one.state.capitalize()
     made_from = one.provenance.replace("\n", " · ") if one.used or not one.missing else ""
-    yield paragraph(f"{one.state.capitalize()}: {len(one.used)} runs of {minutes:.0f} minutes in all, "
-                    f"{len(one.missing)} missing. {made_from}")
+    yield paragraph(f"{state}: {len(one.used)} runs of {took} in all, {len(one.missing)} missing. {made_from}")
 
 
 def printed_numbers(runs):

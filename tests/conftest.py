@@ -16,24 +16,13 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
 from study import command, folders
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)        # as a run has on a CPU
-
-
-@pytest.fixture(scope="session")
-def fashion_mnist():
-    """Real Fashion-MNIST from disk. In CI it must be there: its absence is a failure."""
-    dataset = common.DATASETS["Fashion-MNIST"]
-    for folder in (common.DATA_DIR, dataset.system):
-        if data := dataset.read(folder):
-            return data
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(
-        "Fashion-MNIST is not on disk: apt-get install dataset-fashion-mnist")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +47,18 @@ def smoke_study(tmp_path_factory):
     return folder
 
 
+def outcomes(results):
+    """What every run in a folder left, but for its times: {path: (settings, result, arrays and weights as bytes)}."""
+    left = {}
+    for folder in folders.run_folders(results, "**"):
+        record, arrays = folders.read_whole_run(folder), folders.load_history(folder)
+        if (folder / "weights.pt").exists():
+            arrays |= folders.load_weights(folder)
+        content = {key: np.asarray(value).tobytes() for key, value in arrays.items()}
+        left[folder.relative_to(results)] = record["settings"], record["result"], content
+    return left
+
+
 @pytest.fixture
 def heed_ctrl_c():
     """Popen's preexec_fn for a child that is sent SIGINT or SIGHUP, which the background and nohup ignore."""
@@ -66,10 +67,11 @@ def heed_ctrl_c():
 
 @pytest.fixture
 def one_thread():
-    """PyTorch has one thread before a test, whatever it sets, and after it."""
+    """PyTorch has one thread before a test, whatever it sets, and after it; and may choose its algorithms."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

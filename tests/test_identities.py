@@ -7,7 +7,7 @@ show that, and the right form. N examples, M members, K classes; in double preci
 
 import common
 import fast
-from study import command, plan
+from study import finished, plan
 
 import pytest
 import torch
@@ -212,5 +212,5 @@ def test_E2_eq_10_is_the_hessian_at_the_stationary_point_only(lam):
 def test_E3_the_convnet_of_0_07M_has_0_063M_parameters():
     block = plan.load_preset("paper")["convnet_cifar"]
     settings = block | block["configurations"]["ConvNet-0.07M"] | {"members": 1}
-    member = command.untrained_on_meta(plan.experiment_of("convnet_cifar").build, settings, (3, 32, 32), 100)
+    member = finished.untrained_on_meta(plan.experiment_of("convnet_cifar").build, settings, (3, 32, 32), 100)
     assert sum(p.numel() for p in member.parameters()) == 62_820                        # 0.07M is 65,000 to 75,000

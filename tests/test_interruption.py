@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import io
 import multiprocessing
 import os
 import random
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -21,24 +21,15 @@ import train_densenet_cifar
 import train_mlp_fmnist
 from study import command, folders, plan
 
-import numpy as np
 import pytest
 import torch
+from conftest import outcomes
+from test_training import a_densenet, a_run, builder, small_images
 
-SETTINGS = {"members": 3, "seed": 0, "epochs": 5, "train": 60, "validation": 20, "test": 40, "batch": 25,
-            "augment": False, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3, "decay": [0.5]}
-MLP = {"hidden": 3, "lr": 0.4}
-DENSENET = {"depth": 10, "growth": 2, "lr": 0.1, "precision": "fp32", "augment": True}
-CASES = {
-    "MLP": (train_mlp_fmnist, "joint", MLP),
-    "bagging by weights": (train_mlp_fmnist, "bagging", MLP | {"bagging": "weights"}),
-    "bagging by copies": (train_densenet_cifar, "bagging", DENSENET | {"bagging": "resample"})}
-
-
-@pytest.fixture(scope="module")
-def data():
-    return {train_mlp_fmnist: common.synthetic(10, (1, 28, 28), 100, 40),
-            train_densenet_cifar: common.synthetic(5, (3, 16, 16), 100, 40)}
+MORE = {"epochs": 5, "decay": [0.5], "weight_decay": 1e-3}
+RUNS = [replace(run, weights=True) for run in (
+    a_run(**MORE), a_run("bagging", bagging="weights", **MORE),
+    a_densenet("bagging", bagging="resample", train=40, validation=20, **MORE))]
 
 
 @pytest.fixture
@@ -46,14 +37,9 @@ def every_epoch(monkeypatch):
     monkeypatch.setattr(folders, "CHECKPOINT_SECONDS", 0)
 
 
-def case(name):
-    module, method, changes = CASES[name]
-    return module, plan.Run("test", module.EXPERIMENT.name, "small", method, 0.0, 0, SETTINGS | changes, weights=True)
-
-
-def train(name, data, results, end=None):
+def train(run, results, end=None):
     """Trains a run, or until an epoch `end`, at which it is interrupted; returns the epochs that were trained."""
-    epochs, (module, run) = [], case(name)
+    epochs, data = [], small_images(1 if run.experiment == "mlp_fmnist" else 3)
 
     def report(epoch, history):
         epochs.append(epoch)
@@ -61,42 +47,21 @@ def train(name, data, results, end=None):
             raise KeyboardInterrupt
     (results / run.path).mkdir(parents=True, exist_ok=True)
     with pytest.raises(KeyboardInterrupt) if end else contextlib.nullcontext():
-        command.do_run(module.EXPERIMENT, run, data[module], results, report)
+        command.do_run(plan.Experiment(run.experiment, builder(run)), run, data, results, report)
     return epochs
-
-
-def outcomes(results):
-    """What every run in a folder left, but for its times: {path: (result, arrays and weights as bytes)}."""
-    left = {}
-    for folder in folders.run_folders(results, "**"):
-        arrays = folders.load_history(folder)
-        if (folder / "weights.pt").exists():
-            arrays |= folders.load_weights(folder)
-        left[folder.relative_to(results)] = (folders.read_whole_run(folder)["result"],
-                                             {key: np.asarray(value).tobytes() for key, value in arrays.items()})
-    return left
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_run_interrupted_twice_equals_one_that_was_not(data, tmp_path, name, every_epoch):
-    assert train(name, data, tmp_path / "whole") == [1, 2, 3, 4, 5]
-    assert train(name, data, tmp_path / "parts", 2) == [1, 2]
-    assert train(name, data, tmp_path / "parts", 4) == [2, 3, 4]
-    assert train(name, data, tmp_path / "parts") == [4, 5]
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.experiment} {run.method}")
+def test_a_run_interrupted_twice_equals_one_that_was_not(tmp_path, run, every_epoch):
+    assert train(run, tmp_path / "whole") == [1, 2, 3, 4, 5]
+    assert train(run, tmp_path / "parts", 2) == [1, 2]
+    assert train(run, tmp_path / "parts", 4) == [2, 3, 4]
+    assert train(run, tmp_path / "parts") == [4, 5]
     assert outcomes(tmp_path / "whole") == outcomes(tmp_path / "parts")
     assert not list(tmp_path.rglob("checkpoint.pt"))
-
-
-def of_another_network(content):
-    """A checkpoint whose first layer fits, with other weights, and whose last does not."""
-    state, changed = torch.load(io.BytesIO(content)), io.BytesIO()
-    state["parts"]["ensemble"]["hidden_weight"] += 1
-    state["parts"]["ensemble"]["output_bias"] = torch.zeros(3)
-    torch.save(state, changed)
-    return changed.getvalue()
 
 
 def garbled(content):
@@ -108,26 +73,32 @@ def garbled(content):
 DAMAGE = [lambda content: b"", lambda content: content[:-1], garbled]
 
 
-@pytest.mark.parametrize("alter", [*DAMAGE, of_another_network])
-def test_a_checkpoint_that_cannot_be_used_is_set_aside(data, tmp_path, alter, capsys, every_epoch):
-    train("MLP", data, tmp_path / "whole")
-    train("MLP", data, tmp_path / "parts", 3)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage, capsys, every_epoch):
+    train(RUNS[0], tmp_path / "whole")
+    train(RUNS[0], tmp_path / "parts", 3)
     (path,) = tmp_path.rglob("checkpoint.pt")
-    content = alter(path.read_bytes())
+    content = damage(path.read_bytes())
     path.write_bytes(content)
-    assert train("MLP", data, tmp_path / "parts") == [1, 2, 3, 4, 5]
+    assert train(RUNS[0], tmp_path / "parts") == [1, 2, 3, 4, 5]
     (aside,) = path.parent.glob("damaged-*-checkpoint.pt")
     said = capsys.readouterr().out
-    assert said.startswith(f"{path} cannot be used (damaged or of another network: ") and said.count("\n") == 1
+    assert said.startswith(f"{path} cannot be used (") and said.count("\n") == 1
     assert f"set aside as {aside.name}; the run begins anew" in said and aside.read_bytes() == content
     assert outcomes(tmp_path / "whole") == outcomes(tmp_path / "parts")
 
 
-def test_a_checkpoint_of_other_settings_is_refused(data, tmp_path, every_epoch, monkeypatch):
-    train("MLP", data, tmp_path, 3)
-    monkeypatch.setitem(SETTINGS, "batch", 20)
-    with pytest.raises(common.Refused, match=r"checkpoint.pt holds results from .* batch is 25 there and 20 now"):
-        train("MLP", data, tmp_path)
+def test_a_checkpoint_of_other_settings_or_of_another_network_is_refused(tmp_path, every_epoch):
+    run, other = RUNS[0], replace(RUNS[0], settings=RUNS[0].settings | {"batch": 20})
+    train(run, tmp_path, 3)
+    with pytest.raises(common.Refused, match=r"checkpoint.pt holds results from .* batch is 40 there and 20 now"):
+        train(other, tmp_path)
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    state = torch.load(path)
+    state["parts"]["ensemble"].pop("output_bias")
+    torch.save(state, path)
+    with pytest.raises(common.Refused, match=r"^[^\n]*checkpoint[^\n]* is of another network[^\n]*$"):
+        train(run, tmp_path)
 
 
 # --- Finished runs -------------------------------------------------------------------------------
@@ -247,14 +218,6 @@ def test_two_commands_at_one_folder_train_each_run_once(tmp_path, whole, one_thr
 # --- How a command ends --------------------------------------------------------------------------
 
 
-def is_alive(process):
-    """Is this a process, and no zombie? (Who inherits one may not wait for it.)"""
-    stat = Path(f"/proc/{process}/stat")
-    with contextlib.suppress(OSError):
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
 @pytest.mark.parametrize("jobs, number, to, status, words", [
     (1, signal.SIGTERM, "command", 143, "stopped; finished runs are kept"),
     (2, signal.SIGINT, "all", 130, "give the same command again to go on"),     # as Ctrl-C on a terminal does
@@ -263,24 +226,22 @@ def is_alive(process):
 def test_a_signal_ends_a_command_and_its_workers(tmp_path, heed_ctrl_c, jobs, number, to, status, words):
     process = subprocess.Popen(
         [sys.executable, train_mlp_fmnist.__file__, "--preset", "smoke", "--only", "16x64H", "--lambdas", "1",
-         "--epochs", "100000", "--jobs", str(jobs)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+         "--epochs", "100000", "--jobs", str(jobs)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, preexec_fn=heed_ctrl_c, start_new_session=True)
     limit = threading.Timer(60, process.kill)
     limit.start()
     try:
-        assert any("over epoch 3" in line for line in process.stdout)
+        while len(list(tmp_path.rglob(".lock"))) < jobs:            # until each run is in training
+            assert process.poll() is None
+            time.sleep(0.05)
         workers = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
         assert len(workers) == (jobs if jobs > 1 else 0)
         (os.killpg if to == "all" else os.kill)(workers[0] if to == "worker" else process.pid, number)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=60)            # until its workers, who have its stderr, have ended, too
     finally:
         process.kill()
         limit.cancel()
     assert process.returncode == status and words in err and err.strip().count("\n") == 0
-    deadline = time.monotonic() + 60
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < deadline, "a worker goes on without its parent"
-        time.sleep(0.1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 

@@ -69,7 +69,7 @@ def test_every_claim_is_tested():
         assert any(test.startswith(f"test_{name}_") for test in vars(test_identities)), name
 
 
-# --- Commands ------------------------------------------------------------------------------------
+# --- Commands, and expected/ -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.split()[0] in SCRIPTS])
@@ -78,7 +78,7 @@ def test_commands_parse_and_plan(smoke_study, script, monkeypatch, line):
     name, *arguments = shlex.split(re.sub(r"--preset \w+", "--preset smoke", line))
     arguments += ["--preset", "smoke"] * ("--preset" not in arguments)
     monkeypatch.setattr(command, "seconds_of_step", lambda *arguments: 1.0)
-    monkeypatch.setattr(command, "bytes_saved_for_backward", lambda *arguments: 0)          # (slow)
+    monkeypatch.setattr(finished, "bytes_saved_for_backward", lambda *arguments: 0)          # (slow)
     if name.startswith("train"):
         arguments += ["--dry-run", "--data", "synthetic"]
     elif "--compare" in arguments:
@@ -92,9 +92,6 @@ def test_commands_parse_and_plan(smoke_study, script, monkeypatch, line):
         arguments += ["--results", str(smoke_study / "results")] + ["--dry-run"] * (name == "robustness.py")
     status, out, err = script(SCRIPTS[name], *arguments)
     assert status == 0 and "NOT DRAWN" not in out, (out, err)
-
-
-# --- expected/ -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", [path.parent.name for path in ROOT.glob("expected/*/claims.csv")])

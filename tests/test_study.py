@@ -21,14 +21,12 @@ import train_densenet_cifar
 import train_mlp_fmnist
 from study import command, folders, plan
 
-import numpy as np
 import pytest
-import torch
 import yaml
+from conftest import outcomes
 
 TRAINING = {"mlp_fmnist": 2 * (1 + 3 * 7 + 2), "densenet_cifar": 2 * 3 * (4 + 3),
             "convnet_cifar": 2 * (5 * 3 + 2)}          # smoke's runs: 2 trials
-MODULES = {module.EXPERIMENT.name: module for module in (train_mlp_fmnist, train_densenet_cifar, train_convnet_cifar)}
 
 
 def records(results, experiment="*"):
@@ -41,19 +39,21 @@ def runs_of(preset, name, changes=(), **narrowed):
     """All runs of an experiment in a preset."""
     block = plan.experiment_settings(plan.load_preset(preset), preset, name, changes)
     about = common.DATASETS[block["dataset"]].description
-    return plan.list_runs(preset, MODULES[name].EXPERIMENT, block, about, **narrowed)
+    return plan.list_runs(preset, plan.experiment_of(name), block, about, **narrowed)
 
 
 # --- What a whole study leaves -------------------------------------------------------------------
 
 
-def test_a_study_leaves_every_run_and_nothing_else(smoke_study):
+def test_a_study_leaves_every_run_with_all_that_decided_it_and_nothing_else(smoke_study):
     for name, count in TRAINING.items():
         assert len(records(smoke_study / "results", name)) == count
     assert len(records(smoke_study / "results", "robustness-example")) == 2 * 2 * 3
     for record, folder in records(smoke_study / "results"):
         assert {path.name for path in folder.iterdir()} - {"weights.pt"} == {"run.json", "history.npz"}
-        assert folders.read_whole_run(folder) == record
+        settings, machine = record["settings"].get("trained", record["settings"]), record["machine"]
+        assert settings["data"]["source"] == "synthetic" and record["data_from"] == "made from a seed"
+        assert machine["threads"] == 1 and machine.keys() >= {"device", "torch", "python", "commit"}
     assert {path.name for path in smoke_study.iterdir()} == {"results", "figures", "output.txt"}
     with open(smoke_study / "figures/smoke/runs.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(TRAINING.values())
@@ -78,43 +78,22 @@ def test_the_output_says_what_was_chosen_planned_and_made(smoke_study):
     assert lines.rstrip().splitlines()[-1].startswith("done in ")
 
 
-def test_a_run_says_all_that_decided_its_numbers(smoke_study):
-    for record, folder in [run for name in TRAINING for run in records(smoke_study / "results", name)]:
-        s, result, history = record["settings"], record["result"], folders.load_history(folder)
-        assert s["data"]["source"] == "synthetic" and record["data_from"] == "made from a seed"
-        assert record["machine"]["threads"] == 1 and record["machine"].keys() >= {"device", "torch", "python", "commit"}
-        if record["method"] == "stacking":
-            continue
-        per_member, per_epoch = (s["members"],), (s["epochs"], s["members"])
-        assert history["reported_test_member_error"].shape == per_member
-        assert history[f"{'validation' if s['validation'] else 'test'}_member_error"].shape == per_epoch
-        assert history["train_member_loss"].shape == per_epoch
-        assert 1 <= result["epoch"] <= s["epochs"]
-
-
-@pytest.mark.parametrize("module, arguments, jobs", [
-    (train_mlp_fmnist, ["--only", "64x16H", "--lambdas", 1, "--trials", 2], 1),
-    (train_densenet_cifar, ["--only", "DN-High", "--methods", "bagging", "stacking", "--trials", 1], 2)])
-def test_a_run_alone_or_beside_others_equals_the_same_run_in_the_study(smoke_study, script, module, arguments, jobs):
+@pytest.mark.parametrize("module, arguments, jobs, made", [
+    (train_mlp_fmnist, ["--only", "64x16H", "--lambdas", 1, "--trials", 2], 1, 2),
+    (train_densenet_cifar, ["--only", "DN-High", "--methods", "bagging", "stacking", "--trials", 1, "--deterministic"],
+     2, 3),
+    (robustness, ["--only", "64x16H", "--trials", 1], 2, 3)])
+def test_a_run_alone_or_beside_others_equals_the_same_run_in_the_study(smoke_study, script, module, arguments, jobs,
+                                                                       made):
+    if module is robustness:
+        shutil.copytree(smoke_study / "results/smoke/mlp_fmnist/64x16H", "results/smoke/mlp_fmnist/64x16H")
+    before = outcomes(Path("results"))
     status, out, err = script(module, "--preset", "smoke", *arguments, "--jobs", jobs)
-    assert status == 0 and (jobs == 1 or "\n  2 at once on " in out), err
-    here = records(Path("results"))
-    assert len(here) == 2 + (jobs - 1)
-    for record, folder in here:
-        theirs = smoke_study / folder
-        assert record["settings"] == folders.read_run(theirs)["settings"]
-        assert record["result"] == folders.read_run(theirs)["result"]
-        own, other = folders.load_history(folder), folders.load_history(theirs)
-        assert own.keys() == other.keys() and all(own[key].tobytes() == other[key].tobytes() for key in own), folder
-
-
-def test_measurements_at_once_equal_those_of_the_study(smoke_study, script):
-    shutil.copytree(smoke_study / "results/smoke/mlp_fmnist/64x16H", "results/smoke/mlp_fmnist/64x16H")
-    status, out, err = script(robustness, "--preset", "smoke", "--jobs", 2, "--trials", 1)
-    assert status == 0 and out.count("with all members") == 3 and "[3/3]" in out, err
-    for record, folder in records(Path("results"), "robustness-example"):
-        assert record["settings"] == folders.read_run(smoke_study / folder)["settings"]
-        assert (folders.load_history(folder)["error"] == folders.load_history(smoke_study / folder)["error"]).all()
+    here, study = outcomes(Path("results")), outcomes(smoke_study / "results")
+    assert status == 0 and len(here) == len(before) + made and f"[{made}/{made}]" in out, err
+    assert jobs == 1 or module is robustness or "\n  2 at once on " in out
+    for run in here:
+        assert here[run] == study[run], run
 
 
 def test_the_records_of_earlier_versions_are_finished_runs():
@@ -128,15 +107,11 @@ def test_the_records_of_earlier_versions_are_finished_runs():
 # --- Which runs there are ------------------------------------------------------------------------
 
 
-def test_of_the_methods_in_once_only_the_first_trial_is_planned():
-    once = ["joint-0.5", "joint-0.9", "bagging", "stacking"]        # as overnight has it
-    runs = runs_of("overnight", "densenet_cifar")
-    trials = collections.Counter((run.configuration, run.method_name) for run in runs)
-    assert {trials["DN-Low", name] for name in ("joint-0", "joint-1")} == {3}
-    assert {trials["DN-High", name] for name in once} == {1}
-    assert trials["DN-Low", "bagging"] == 0 and trials["DN-High", "stacking"] == 1       # methods of one configuration
-    late = [run.method_name in once for run in runs]
-    assert late == sorted(late) and {run.trial for run in runs[:late.index(True)]} == {0, 1, 2}
+def test_a_configuration_may_have_its_own_trials_and_epochs():
+    trials = collections.Counter((run.configuration, run.method_name) for run in runs_of("overnight", "convnet_cifar"))
+    assert trials["10xConvNet-0.29M", "joint-0"] == 1 and trials["ConvNet-0.29M", "joint-0"] == 3
+    epochs = {run.configuration: run.settings["epochs"] for run in runs_of("quick", "densenet_cifar")}
+    assert epochs == {"DN-Low": 50, "DN-Mid": 50, "DN-High": 150}
 
 
 @pytest.mark.parametrize("parts", [1, 3, 50])
@@ -167,6 +142,10 @@ def test_tuning_prints_rates_as_presets_take_them(script):
         tried[record["lambda"]][record["settings"]["lr"]] = record["result"]["validation_error"]
     assert set(rates) == {0, 1} and all(errors[rates[lam]] == min(errors.values()) for lam, errors in tried.items())
     assert sorted(tried[0]) == pytest.approx([16 * rate for rate in (0.002, 0.006, 0.02, 0.06)])     # times M
+    only = ("--preset", "smoke", "--only", "16x64H", "--trials", 1, "--epochs", 1, "--lambdas", 0, "--tune")
+    for folder, grid, why in ("high", "[1e9, 1e10]", "all diverged"), ("one", "[0.02]", "one was tried"):
+        status, out, _ = script(train_mlp_fmnist, *only, "--results", folder, "--set", f"tune={grid}")
+        assert status == 0 and f"no rate to recommend: {why}" in out and "lr: {" not in out
 
 
 def test_a_configuration_may_have_classes_of_its_own(script):
@@ -178,16 +157,6 @@ def test_a_configuration_may_have_classes_of_its_own(script):
         "members.0.12.bias" if "10x" in record["configuration"] else "members.0.8.bias"]))
                for record, folder in records(Path("results"))}
     assert classes == {"ConvNet-0.07M": (None, 100), "10xConvNet-0.29M": (10, 10)}
-
-
-def test_the_early_sign_is_told_after_epoch_3_of_end_to_end_runs(script):
-    status, out, _ = script(train_mlp_fmnist, "--preset", "smoke", "--only", "1x1024H", "16x64H", "--lambdas", 0, 1,
-                            "--trials", 1)
-    told = re.findall(r"\] (.+): over epoch 3 the two best members have ([\d.]+) and ([\d.]+) % train error", out)
-    (run, best, second), = told
-    assert status == 0 and run == "16x64H lambda 1 trial 0"
-    history = folders.load_history(Path("results/smoke/mlp_fmnist/16x64H/joint-1/trial0"))
-    assert [float(best), float(second)] == pytest.approx(100 * np.sort(history["train_member_error"][2])[:2], abs=0.051)
 
 
 @pytest.mark.parametrize("copied_to", ["joint-1/trial0", "joint-0/trial1"])
@@ -248,16 +217,3 @@ def test_progress_tells_the_time_left(monkeypatch, capsys):
     assert said[:2] == ["[0/4] c lambda 0 trial 0: epoch 2/3, validation error 10.0 %, about 0:03:20 left",
                         "[1/4] c lambda 0 trial 0: ended, about 0:03:00 left"]
     assert said[-1] == "[4/4] c lambda 0 trial 3: ended, about 0:00:00 left" and len(said) == 8
-
-
-@pytest.mark.parametrize("module, only", [
-    (train_mlp_fmnist, "256x4H"), (train_densenet_cifar, "DN-Low"), (train_convnet_cifar, "ConvNet-0.07M")])
-def test_deterministic_algorithms_are_enough_for_every_network(script, module, only):
-    """None is missing, which would raise an error."""
-    try:
-        status, _, err = script(module, "--preset", "smoke", "--trials", 1, "--epochs", 1, "--only", only, "--methods",
-                                "joint", "bagging", "--lambdas", 0.5, "--deterministic")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    found = records(Path("results"))
-    assert status == 0 and len(found) == 2 and all(record["machine"]["deterministic"] for record, _ in found), err

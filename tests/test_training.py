@@ -1,6 +1,7 @@
 """Seeds and splits, the training loop, its loss and schedule, bagging, stacking, and what a run says when it fails."""
 
 import copy
+import math
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from train_mlp_fmnist import EXPERIMENT, build
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
 from torch.nn import functional as F
 
 SETTINGS = {"members": 4, "hidden": 3, "seed": 0, "lr": 0.4, "epochs": 4, "train": 300, "validation": 100, "test": 150,
@@ -48,13 +51,10 @@ def data():
 # --- Splits, seeds, bootstraps -------------------------------------------------------------------
 
 
-def test_the_splits_are_the_authors():
+def test_a_split_is_the_authors_disjoint_complete_and_of_the_trial():
     """First validation indices of their RandomState(trial).choice, from their code."""
     for n, first in ((60_000, [3048, 19563, 58303, 8870, 40228]), (50_000, [11841, 19602, 45519, 25747, 42642])):
         assert common.split(n, 0, 10_000)[1][:5].tolist() == first
-
-
-def test_a_split_is_disjoint_complete_and_of_the_trial():
     training, held_out = common.split(60_000, 4, 10_000)
     assert torch.cat([training, held_out]).sort().values.tolist() == list(range(60_000))
     assert not torch.equal(common.split(60_000, 5, 10_000)[1], held_out)
@@ -75,15 +75,52 @@ def test_random_numbers_are_of_the_purpose_the_trial_and_the_seed():
     assert all(draw(run) != draw(a_run()) for run in others) and draw(a_run()) != draw(a_run(), "folds")
 
 
-def single(ensemble, m):
-    """A copy of member m, as an ensemble of one."""
-    one = copy.deepcopy(ensemble)
-    if isinstance(one, common.Ensemble):
-        one.members = one.members[m:m + 1]
-    else:
-        for p in one.parameters():
-            p.data = p.data[m:m + 1].clone()
-    return one
+def stock(ensemble, m):
+    """A stock network with the weights of member m: (N, C, H, W) -> (N, K)."""
+    if isinstance(ensemble, common.Ensemble):
+        return copy.deepcopy(ensemble.members[m])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 3), nn.ReLU(), nn.Linear(3, 10))
+    for p, q in zip(network.parameters(), ensemble.parameters(), strict=True):
+        p.data = q.data[m].clone()
+    return network
+
+
+def train_alone(network, run, data, m=0):
+    """Trains a network by hand as member m of a run at lambda 0.
+
+    At lr / M and M times the decay, which make up for Eq. 9's 1/M; the rate falls once a share of the epochs is over.
+    """
+    s, order, augmentation = run.settings, run.generator("order"), run.generator("augmentation")
+    members, copies = s["members"], s.get("bagging") == "resample"
+    training, _ = common.split(len(data.train_labels), run.trial, s["validation"], s["train"])
+    n, labels = len(training), data.train_labels[training]
+    draws = torch.randint(n, (n, members), generator=run.generator("bootstrap"))
+    counts = F.one_hot(draws, n).sum(0).T
+    padded, moves = F.pad(data.train_images[training], [4] * 4), torch.tensor([4, 4, 0]).expand(n, 3)       # as it is
+    sgd = torch.optim.SGD(network.train().parameters(), momentum=0.9, weight_decay=s["weight_decay"] * members)
+    for epoch in range(s["epochs"]):
+        for group in sgd.param_groups:
+            group["lr"] = s["lr"] / members * 0.1 ** sum(epoch >= share * s["epochs"] for share in s["decay"])
+        if s["augment"]:
+            shape = draws.shape if copies else (n, 1)
+            moves = torch.cat([torch.randint(9, (*shape, 2), generator=augmentation),
+                               torch.randint(2, (*shape, 1), generator=augmentation)], 2)[:, m if copies else 0]
+        for rows in torch.randperm(n, generator=order).split(s["batch"]):
+            own = draws[rows, m] if copies else rows
+            logits = network(data.normalise(common.crop_and_flip(padded, own, moves[rows])))            # (N, K)
+            losses = F.cross_entropy(logits, labels[own], reduction="none")
+            sgd.zero_grad()
+            (losses * (counts[rows, m] if s.get("bagging") == "weights" else 1)).mean().backward()
+            sgd.step()
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """in_double(run, data): the ensemble of a run, untrained and trained, in double precision."""
+    normalise = common.Data.normalise
+    monkeypatch.setattr(common.Data, "normalise", lambda data, images: normalise(data, images).double())
+    return lambda run, data: [make(lambda *form: builder(run)(*form).double(), run, data)[0]
+                              for make in (common.new_ensemble, common.train)]
 
 
 @pytest.mark.parametrize("run", [
@@ -92,45 +129,56 @@ def single(ensemble, m):
     *(a_densenet(method, 1, epochs=2, seed=2, bagging=bagging) for method, bagging in (
         ("joint", None), ("bagging", "resample")))],
     ids=lambda run: f"{run.experiment} {run.method} {run.settings['bagging']}")
-def test_a_member_equals_the_network_alone_on_its_own_images_labels_and_moves(run, monkeypatch):
-    """At lr / M and M times the decay, which make up for Eq. 9's 1/M, and which `independent` is given therefore.
-
-    Batch norm's statistics are the member's own. All is in double precision.
-    """
+def test_a_member_equals_a_stock_network_alone_on_its_own_images_labels_and_moves(in_double, run):
+    """Batch norm's statistics are the member's own. `independent` is given the rate and decay of a network alone."""
     block = plan.experiment_settings(plan.load_preset("paper"), "paper", "densenet_cifar")
     given = plan.run_settings(block, block["configurations"]["DN-Low"], "independent", 0)
     assert (given["lr"], given["weight_decay"]) == pytest.approx((16 * 0.1, 1e-4 / 16))
-    normalise = common.Data.normalise
-    monkeypatch.setattr(common.Data, "normalise", lambda data, images: normalise(data, images).double())
-    s, data = run.settings, small_images(1 if run.experiment == "mlp_fmnist" else 3)
-    members, copies = s["members"], s["bagging"] == "resample"
-    start, trained = (f(lambda *form: builder(run)(*form).double(), run, data)[0]
-                      for f in (common.new_ensemble, common.train))
-    training, _ = common.split(len(data.train_labels), 1, s["validation"], s["train"])
-    n, labels = len(training), data.train_labels[training]
-    draws = torch.randint(n, (n, members), generator=run.generator("bootstrap"))
-    counts = F.one_hot(draws, n).sum(0).T
-    padded = F.pad(data.train_images[training], [4] * 4)
-    for m in range(members):
-        order, augmentation = run.generator("order"), run.generator("augmentation")
-        network = single(start, m).train()
-        sgd = torch.optim.SGD(network.parameters(), s["lr"] / members, momentum=0.9,
-                              weight_decay=s["weight_decay"] * members)
-        for _ in range(s["epochs"]):
-            moves = torch.tensor([4, 4, 0]).expand(n, 3)                    # the image as it is
-            if s["augment"]:
-                shape = draws.shape if copies else (n, 1)
-                moves = torch.cat([torch.randint(9, (*shape, 2), generator=augmentation),
-                                   torch.randint(2, (*shape, 1), generator=augmentation)], 2)[:, m if copies else 0]
-            for rows in torch.randperm(n, generator=order).split(s["batch"]):
-                own = draws[rows, m] if copies else rows
-                logits = network(data.normalise(common.crop_and_flip(padded, own, moves[rows])))[:, 0]
-                losses = F.cross_entropy(logits, labels[own], reduction="none")
-                sgd.zero_grad()
-                (losses * (counts[rows, m] if s["bagging"] == "weights" else 1)).mean().backward()
-                sgd.step()
-        for p, q in zip(network.state_dict().values(), single(trained, m).state_dict().values(), strict=True):
+    data = small_images(1 if run.experiment == "mlp_fmnist" else 3)
+    start, trained = in_double(run, data)
+    for m in range(run.settings["members"]):
+        alone = stock(start, m)
+        train_alone(alone, run, data, m)
+        for p, q in zip(alone.state_dict().values(), stock(trained, m).state_dict().values(), strict=True):
             torch.testing.assert_close(q, p, rtol=0, atol=1e-10)
+
+
+def test_one_densenet_trains_as_torchvisions_does(in_double):
+    """torchvision's, with a plain convolution as its stem. Both falls of the rate, as in the paper, at few epochs.
+
+    The same weights, running statistics, and logits in evaluation.
+    """
+    preset = plan.load_preset("paper")
+    assert preset["densenet_cifar"]["decay"] == preset["convnet_cifar"]["decay"] == [0.5, 0.75]
+    run = a_densenet(members=1, depth=16, growth=4, epochs=5, decay=[0.5, 0.75])
+    data = small_images(3)
+    start, trained = in_double(run, data)
+    other = torchvision.models.DenseNet(4, (2, 2, 2), num_init_features=8, num_classes=10)
+    other.features.conv0 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        delattr(other.features, name)
+    for p, q in zip(start.parameters(), other.double().parameters(), strict=True):      # in the same order
+        q.data = p.detach().clone()
+    train_alone(other, run, data)
+    statistics = [buffer for buffer in other.buffers() if buffer.dim()]                 # not the number of batches
+    test_images = data.normalise(data.test_images)
+    for mine, theirs in ((trained.parameters(), other.parameters()), (trained.buffers(), statistics),
+                         (trained.eval()(test_images), other.eval()(test_images)[:, None])):
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+    assert not torch.equal(next(start.parameters()), next(trained.parameters()))
+
+
+def test_bf16_agrees_with_fp32_within_its_error():
+    """Six steps: the losses agree to a few of bf16's last places (2 ** -8). Weights and logits stay in fp32."""
+    losses, data = {}, small_images(3)
+    for precision in ("fp32", "bf16"):
+        run = a_densenet(epochs=2, precision=precision)
+        ensemble, history, *_ = common.train(builder(run), run, data)
+        tensors = *ensemble.state_dict().values(), ensemble(data.normalise(data.test_images))
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        losses[precision] = [scores["mean_member_loss"] for epoch in history for scores in epoch]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=4 * 2 ** -8) and losses["bf16"] != losses["fp32"]
 
 
 def test_bagging_by_weights_is_refused_where_batch_norm_sees_all_images():
@@ -173,19 +221,14 @@ def test_the_loss_of_an_experiment_trains(data):
     torch.testing.assert_close(trained.hidden_weight, plain.hidden_weight)
 
 
-# --- The reported epoch --------------------------------------------------------------------------
-
-
-def unlearn(monkeypatch, since):
-    """From an epoch on, the loss is climbed: the last epoch is not the best."""
-    schedules = torch.optim.lr_scheduler
-    monkeypatch.setattr(schedules, "MultiStepLR", lambda optimizer, *_: schedules.LambdaLR(
-        optimizer, lambda epochs_done: 1 if epochs_done + 1 < since else -1))
+# --- The reported epoch, stacking, and runs that fail --------------------------------------------
 
 
 @pytest.mark.parametrize("validation", [100, 0])
 def test_the_reported_epoch_has_the_lowest_validation_error_or_is_the_last(data, tmp_path, monkeypatch, validation):
-    unlearn(monkeypatch, since=6)
+    schedules = torch.optim.lr_scheduler            # from epoch 6 on the loss is climbed: the last is not the best
+    monkeypatch.setattr(schedules, "MultiStepLR", lambda optimizer, *_: schedules.LambdaLR(
+        optimizer, lambda epochs_done: 1 if epochs_done < 5 else -1))
     run = a_run(lam=0.9, epochs=8, validation=validation, weights=True)
     result, history = command.do_run(EXPERIMENT, run, data, tmp_path), folders.load_history(tmp_path / run.path)
     errors = history["validation_ensemble_error" if validation else "test_ensemble_error"]
@@ -195,7 +238,21 @@ def test_the_reported_epoch_has_the_lowest_validation_error_or_is_the_last(data,
     ensemble.load_state_dict(folders.load_weights(tmp_path / run.path))
     test = common.evaluate(ensemble, data, data.test_images, data.test_labels)
     assert result["test_ensemble_error"] == test["ensemble_error"]
-    assert result.get("validation_error") == (pytest.approx(errors.min()) if validation else None)
+    if validation:          # the error on images held out of the training set: the test set selects nothing
+        rows = common.split(400, 0, 100, 300)[1]
+        own = common.evaluate(ensemble, data, data.train_images[rows], data.train_labels[rows])
+        assert result["validation_error"] == own["ensemble_error"] == pytest.approx(errors.min())
+
+
+def test_evaluate_leaves_test_scores_out_and_changes_no_other_number(data):
+    (every, scores, *reported), (some, fewer, *same) = (
+        common.train(build, a_run(epochs=14, validation=0, **change), data) for change in ({}, {"evaluate": 4}))
+    assert torch.equal(every.hidden_weight, some.hidden_weight) and reported[0] == same[0] == 14
+    assert reported[1]["ensemble_error"] == same[1]["ensemble_error"]
+    for epoch, ((train, test), (same_train, there)) in enumerate(zip(scores, fewer, strict=True), 1):
+        assert train["ensemble_loss"] == same_train["ensemble_loss"]
+        due = epoch <= 10 or epoch in (12, 14)
+        assert there["ensemble_error"] == test["ensemble_error"] if due else math.isnan(there["ensemble_error"])
 
 
 def test_of_equal_epochs_the_first_is_reported(data):
@@ -203,24 +260,6 @@ def test_of_equal_epochs_the_first_is_reported(data):
     ensemble, history, epoch, _ = common.train(build, a_run(lr=1e-5, epochs=3), data)
     assert len({validation["ensemble_error"] for _, validation in history}) == 1 and epoch == 1
     assert torch.equal(ensemble.hidden_weight, common.train(build, a_run(lr=1e-5, epochs=1), data)[0].hidden_weight)
-
-
-@pytest.mark.parametrize("stacking, validation", [("validation", 100), ("training", 0)])
-def test_test_labels_decide_nothing(data, monkeypatch, stacking, validation):
-    """With other test labels the same weights, epoch, penalty and stacked logits come out."""
-    outcome, scored, add = [], [], common.Scores.add
-    monkeypatch.setattr(common.Scores, "add", lambda self, logits, *rest: (
-        scored.append(logits), add(self, logits, *rest)))
-    stacked = a_run("stacking", stacking=stacking, folds=2, penalties=[0.01, 1.0], validation=validation)
-    for images in (data, replace(data, test_labels=data.test_labels.flip(0))):
-        ensemble, _, epoch, _ = common.train(build, a_run(validation=validation), images)
-        _, arrays, result = common.stack(ensemble, stacked, images)
-        outcome.append(([p.tolist() for p in ensemble.parameters()], epoch, arrays["cross_validated_loss"].tolist(),
-                        result["penalty"], scored[-1].tolist()))
-    assert outcome[0] == outcome[1] and scored[-1].shape == (len(data.test_labels), 1, 10)
-
-
-# --- Stacking ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stacking, best", [("training", 0.1), ("validation", 1.0)])
@@ -263,47 +302,6 @@ def test_stacking_takes_the_penalty_that_is_best_on_images_held_out(data, monkey
     lbfgs = torch.optim.LBFGS
     monkeypatch.setattr(torch.optim, "LBFGS", lambda *args, max_iter, **others: lbfgs(*args, max_iter=1, **others))
     assert common.stack(ensemble, run, data)[2]["fits_not_converged"] > 0
-
-
-# --- The known order of the lambdas --------------------------------------------------------------
-
-
-def test_joint_training_beats_independent_training_of_tiny_networks():
-    """Test errors of Sec. 4's order; a loss with the sign of lambda turned round loses it."""
-    data = common.synthetic(10, (1, 28, 28), 2_500, 500)
-    joint, independent, broken = (
-        common.train(build, a_run(lam=lam, members=64, hidden=2, lr=1.28, train=2_000, validation=500, batch=100,
-                                  epochs=8), data)[3]["ensemble_error"] for lam in (0.95, 0, -0.95))
-    assert joint + 0.1 < independent < broken
-
-
-# --- The schedule --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, epochs, expected", [            # epoch -> learning rate, appendix B.2 and B.3
-    ("densenet_cifar", 300, {1: 0.1, 150: 0.1, 151: 0.01, 225: 0.01, 226: 0.001, 300: 0.001}),
-    ("convnet_cifar", 400, {1: 0.1, 200: 0.1, 201: 0.01, 300: 0.01, 301: 0.001, 400: 0.001}),
-    *(("convnet_cifar", len(few), dict(enumerate(few, 1))) for few in (
-        [0.1], [0.1, 0.01], [0.1, 0.1, 0.01], [0.1, 0.1, 0.01, 0.001]))])
-def test_the_learning_rate_of_each_epoch_is_the_papers(data, monkeypatch, name, epochs, expected):
-    """Few epochs begin at the full rate: it falls once a share of them has passed, not before and not within one."""
-    block, seen = plan.experiment_settings(plan.load_preset("paper"), "paper", name), []
-    s = plan.run_settings(block, next(iter(block["configurations"].values())), "joint", 0)
-
-    def stepper(run, ensemble, optimizer, scores, *_):
-        def step(rows):
-            seen.append(float(optimizer.param_groups[0]["lr"]))
-            optimizer.step()                                    # without gradients: moves nothing
-            scores.n += 1
-        return step
-    monkeypatch.setattr(common, "stepper", stepper)
-    monkeypatch.setattr(common, "evaluate", lambda *_: {"ensemble_error": 0.0, "mean_member_loss": 0.0})
-    common.train(build, a_run(batch=150, lr=s["lr"], decay=s["decay"], epochs=epochs), data)
-    assert len(seen) == 2 * epochs and seen[::2] == seen[1::2]                      # two batches
-    assert {epoch: seen[2 * epoch - 1] for epoch in expected} == pytest.approx(expected, rel=1e-12)
-
-
-# --- Runs that fail ------------------------------------------------------------------------------
 
 
 def test_a_diverged_run_is_recorded_and_leaves_no_numbers(data, tmp_path):

@@ -73,7 +73,8 @@ class MadeUp(FinishedRuns):
         """Adds the runs of one (experiment, configuration, method), with changes of their settings."""
         (experiment, configuration, name), key = kind, " ".join(kind[1:])
         method, _, lam = name.partition("-")
-        for trial in range(self.paper[trained_in(experiment)]["trials"] if trials is None else trials):
+        papers = self.paper[trained_in(experiment)]["configurations"][configuration]["trials"]
+        for trial in range(papers if trials is None else trials):
             it = types.SimpleNamespace(**{name: value[trial % len(value)] if isinstance(value, list) else value
                                           for name, value in truth[key].items()})
             if not isinstance(truth[key]["error"], list):
