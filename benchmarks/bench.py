@@ -202,11 +202,17 @@ def machine_rates(device):
 def least_seconds(case):
     """A function of a machine's rates: seconds of the least that a step must do."""
     s, form, precision = case.run.settings, (case.data.shape, case.data.classes), case.run.settings["precision"]
-    ensemble = finished.untrained_on_meta(case.experiment.build, s, *form)
-    with FlopCounterMode(display=False) as counter:
+    ensemble, kept = finished.untrained_on_meta(case.experiment.build, s, *form), {}
+
+    def keep(tensor):
+        return kept.setdefault(tensor.untyped_storage()._cdata, tensor)     # held, so that no two share an address
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         ensemble(torch.empty(s["batch"], *case.data.shape, device="meta")).sum().backward()
-    kept = finished.bytes_saved_for_backward(case.experiment.build, s, *form)
-    moved = kept if precision == "bf16" else 2 * kept           # written and read, at 2 or 4 bytes a number
+    for weight in ensemble.parameters():
+        kept.pop(weight.untyped_storage()._cdata, None)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    moved = saved if precision == "bf16" else 2 * saved         # written and read, at 2 or 4 bytes a number
     return lambda rates: max(counter.get_total_flops() / rates[precision], moved / rates["copy"])
 
 

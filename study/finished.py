@@ -23,7 +23,7 @@ import yaml
 
 MLP, DENSENET, CONVNET = "mlp_fmnist", "densenet_cifar", "convnet_cifar"
 LEARNING = 0.8          # an ensemble learns if its test error is at most this share of the error of guessing
-TOLD = {"data", "classes", "precision", "loss"}         # settings that provenance tells by their values
+TOLD = {"data", "classes", "precision", "loss", "test"}     # settings that provenance tells by their values
 OF_A_METHOD = {"lr", "bagging", "stacking", "folds", "penalties"}       # settings in which the trials of a method agree
 # Settings in which the runs of an experiment agree (but `independent`, with a weight decay of its own). In the others,
 # those of a configuration do.
@@ -71,17 +71,20 @@ def mean_and_error(values):
 # --- CSV files -----------------------------------------------------------------------------------
 
 
+def plain(cell):
+    """A cell of a CSV file as numpy.genfromtxt takes it, which knows no quotes: no comma, no line break."""
+    return cell.replace("\n", " · ").replace(",", ";") if isinstance(cell, str) else cell
+
+
 def write_csv(path, rows, provenance=""):
     """Rows (dicts) as CSV, with a column for every key; the last one has the provenance, in the first row."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
     if provenance:
         columns.append("provenance")
-        provenance = provenance.replace("\n", " · ").replace(",", ";")      # numpy.genfromtxt knows no quotes
         rows = [row | {"provenance": "" if i else provenance} for i, row in enumerate(rows)]
-    text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: plain(cell) for key, cell in row.items()} for row in rows)
     folders.write(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -157,21 +160,15 @@ def parameters(experiment, settings):
     return settings["members"] * sum(p.numel() for p in one.parameters())
 
 
-def bytes_saved_for_backward(build, settings, shape, classes):
-    """What autograd keeps of one forward pass for the backward pass in fp32, weights left out; takes no memory."""
-    ensemble, kept = untrained_on_meta(build, settings, shape, classes), {}
-
-    def keep(tensor):
-        return kept.setdefault(tensor.untyped_storage()._cdata, tensor)     # held, so that no two share an address
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ensemble(torch.empty(settings["batch"], *shape, device="meta"))
-    for weight in ensemble.parameters():
-        kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
 # --- The runs of a preset ------------------------------------------------------------------------
+
+
+def undamaged(folder):
+    """The run.json of a finished run; or None, and a line if it or a file beside it is damaged: figures do without."""
+    try:
+        return folders.read_whole_run(folder)
+    except folders.Damaged as error:
+        print(f"left out: {error}", flush=True)
 
 
 class FinishedRuns:
@@ -186,7 +183,7 @@ class FinishedRuns:
                                   for settings, which in ((preset, name), (paper, "paper")))
         self.measured = {"drop": "example", "repeats": paper["robustness"]["repeats"]}     # as the paper has it
         self.published = yaml.safe_load((folders.HERE / "study/paper.yaml").read_text(encoding="utf-8"))
-        self.whole_run = functools.cache(folders.read_whole_run)     # every run is checked once
+        self.whole_run = functools.cache(undamaged)             # every run is checked once
         self.begin()
 
     def begin(self):
@@ -207,12 +204,12 @@ class FinishedRuns:
 
     def missing(self, figure):
         """The planned runs that are not finished (one that diverged is); of Fig. 5 also those without weights."""
-        missing, file = [], "weights.pt" if figure == "5" else "run.json"
+        missing = []
         for experiment, *kind, trial in self.planned(figure):
             folder, training = (Path(self.results, self.name, name, *kind, f"trial{trial}")
                                 for name in (experiment, trained_in(experiment)))
-            record = folders.read_run(training)
-            if not (folder / file).exists() and not (record and diverged(record)):
+            there = self.whole_run(folder) and (figure != "5" or (folder / "weights.pt").exists())
+            if not there and not ((record := self.whole_run(training)) and diverged(record)):
                 missing.append((experiment, *kind, trial))
         return missing
 
@@ -227,10 +224,14 @@ class FinishedRuns:
             else:
                 yield f"python robustness.py {flags}" + f" --drop {self.drop}" * (self.drop != "example")
 
+    def records(self, pattern):
+        """(run.json, folder) of the undamaged runs EXPERIMENT/CONFIGURATION/METHOD that match a pattern."""
+        there = folders.run_folders(self.results / self.name, pattern)
+        return [(record, path) for path in there if (record := self.whole_run(path))]
+
     def runs(self, experiment, configuration, method):
         """(run.json, folder) by trial of the finished runs of one method. Raises Refused if settings are mixed."""
-        place = self.results / self.name / experiment / configuration
-        found = [(self.whole_run(path), path) for path in folders.run_folders(place, method)]
+        found = self.records(f"{experiment}/{configuration}/{method}")
         self.asked[configuration] = bool(found) or self.asked.get(configuration, False)
         for record, path in found:
             self.refuse_mixture(path, record)
@@ -249,9 +250,8 @@ class FinishedRuns:
 
     def lambdas(self, experiment, configuration):
         """The lambdas planned for a configuration, and any others that were run."""
-        there = folders.run_folders(self.results / self.name / experiment / configuration, "joint-*")
-        planned = self.block[experiment]["configurations"][configuration]["lambdas"]
-        return sorted({folders.read_run(path)["lambda"] for path in there} | set(planned))
+        there = {record["lambda"] for record, _ in self.records(f"{experiment}/{configuration}/joint-*")}
+        return sorted(there | set(self.block[experiment]["configurations"][configuration]["lambdas"]))
 
     def point(self, experiment, configuration, method, key="test_ensemble_error", name="test_error_percent"):
         """One number of a configuration and method over its trials, as a row of a figure's CSV."""
@@ -264,13 +264,13 @@ class FinishedRuns:
 
     def every_run(self):
         """A row for every training run: what it is, what came out, on what and when."""
-        for path in folders.run_folders(self.results / self.name, "*/*/*"):
-            record = folders.read_run(path)
+        for record, path in self.records("*/*/*"):
             if not record["experiment"].startswith("robustness"):
                 s = record["settings"]
                 yield {"run": str(path.relative_to(self.results)), **record["result"], "lr": s["lr"],
                        "epochs": s["epochs"], "data": s["data"]["name"], "parameters": record.get("parameters"),
-                       "seconds": record["seconds"], "finished": record["finished"], **record["machine"]}
+                       "seconds": record["seconds"], "finished": record["finished"], **record["machine"],
+                       "commit": f"g{record['machine']['commit']}"}     # text, as git describe has it: 5e12345 is none
 
     def refuse_mixture(self, path, record):
         """Raises Refused unless a run was made as those in use: in its method, its configuration or its experiment."""
@@ -322,6 +322,7 @@ class FinishedRuns:
             parts = [f"{experiment}: {data}", f"{s['classes']} classes" if s.get("classes") else "",    # (or all)
                      f"preset {self.name}, n = {trials}{wanted}", s.get("precision"),
                      f"loss {s['loss']}" if "loss" in s else "",
+                     "the other training images are test images, too" if s.get("test") == "unused" else "",
                      f"{left_out} diverged, left out of the means" if left_out else "",
                      f"other than the paper's: {', '.join(names)}" if names else ""]
             lines.append(" · ".join(filter(None, parts)))

@@ -176,7 +176,7 @@ class Damaged(Refused):
 
 
 def method_name(method, lam):
-    return f"joint-{lam:g}" if method == "joint" else method
+    return f"joint-{lam + 0:g}" if method == "joint" else method        # + 0: of -0.0, too
 
 
 def run_folders(place, pattern):

@@ -109,8 +109,6 @@ def test_the_tables(smoke_study):
     first = {row["configuration"]: row for row in table(smoke_study, "table1")}
     assert (first["DN-High"]["parameters"], first["DN-High"]["depth"]) == ("3200128", "100")
     assert first["DN-Low"]["peak_cuda_memory"] == "at most 11.6 GB for a step on an NVIDIA H200"
-    saved = [int(first[name]["bytes_saved_for_backward"]) for name in ("DN-High", "DN-Mid", "DN-Low")]
-    assert max(saved) < 1.1 * min(saved) and min(saved) > 8e9       # "approximately" one size
     assert [row["differs"] for row in table(smoke_study, "table4")] == ["True", "False", "False", "False", "True"]
 
 
@@ -193,6 +191,29 @@ def test_a_diverged_run_is_counted_and_not_averaged(smoke_study, script, tmp_pat
     assert "1 diverged; left out of the means" in first["provenance"]
 
 
+def test_numpy_reads_every_csv_file(smoke_study):
+    for path in (smoke_study / "figures/smoke").glob("*.csv"):
+        read = np.genfromtxt(path, names=True, delimiter=",", dtype=None, encoding="utf-8")
+        assert read.size == len(finished.read_csv(path)), path
+        assert "commit" not in read.dtype.names or read["commit"].dtype.kind == "U"         # 5e12345 is no number
+
+
+def test_a_damaged_run_is_missing_in_its_figures_and_in_no_other(smoke_study, script, tmp_path):
+    altered(smoke_study, lambda record: None)
+    Path("results/smoke/mlp_fmnist/256x4H/joint-0/trial1/history.npz").write_bytes(b"damaged")
+    status, out, _ = script(make_figures, "2", "table4", "--preset", "smoke")
+    assert status == 0 and out.count("left out: ") == 1 and "fig2: incomplete" in out and "table4: complete" in out
+    assert "256x4H joint-0, trial 1\n" in out and table(tmp_path, "fig2")[2]["n"] == "1"
+
+
+def test_a_figure_of_which_the_preset_has_no_run_is_not_drawn(script, monkeypatch):
+    preset = plan.load_preset("smoke")
+    preset["mlp_fmnist"]["lambdas"] = [0.5]
+    monkeypatch.setattr(plan, "load_preset", lambda name: preset)
+    status, out, _ = script(make_figures, "7", "--preset", "smoke")
+    assert status == 1 and "fig7: NOT DRAWN, the preset has no run of it" in out
+
+
 @pytest.mark.parametrize("epochs, marks", [(200, 1), (50, 0)])
 def test_the_papers_numbers_are_marked_at_the_papers_protocol_only(smoke_study, script, epochs, marks):
     block = FinishedRuns(Path(), "paper", "example").paper["mlp_fmnist"]
@@ -219,7 +240,6 @@ def test_fig5_names_runs_without_weights(smoke_study, script):
 def test_figures_and_verdicts_of_settings_other_than_planned(script, monkeypatch, tmp_path):
     """No validation split for Fig. 4, one for Fig. 6, and an ensemble of one."""
     few = ("--preset", "smoke", "--trials", 1, "--epochs", 1, "--set")
-    monkeypatch.setattr(finished, "bytes_saved_for_backward", lambda *arguments: 0)          # (slow)
     script(train_convnet_cifar, "--only", "ConvNet-0.07M", "--lambdas", 0, *few, "validation=0")
     script(train_densenet_cifar, "--only", "DN-High", "--lambdas", 1, *few, "validation=32", "DN-High.members=1")
     status, out, err = script(make_figures, "--preset", "smoke")

@@ -66,20 +66,3 @@ def test_initial_weights_are_of_each_member_and_of_the_generators_seed():
         assert member[-1].weight.std().item() == pytest.approx((member[-1].in_features * 3) ** -0.5, rel=0.05)
     assert not torch.equal(*(member[0].weight for member in nets.members))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_bytes_saved_for_backward_are_those_that_a_step_keeps():
-    """Counted without memory, they equal those of a real forward pass in fp32."""
-    settings = {"depth": 16, "growth": 4, "members": 2, "batch": 5, "precision": "bf16"}
-    build, form = train_densenet_cifar.build, ((3, 32, 32), 100)
-    nets = build({**settings, "precision": "fp32"}, *form, torch.Generator())
-    kept, weights = {}, {p.data_ptr() for p in nets.parameters()}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        nets.train()(torch.randn(5, 3, 32, 32))
-    counted = finished.bytes_saved_for_backward(build, settings, *form)
-    assert counted == sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
