@@ -23,7 +23,7 @@ import yaml
 
 MLP, DENSENET, CONVNET = "mlp_fmnist", "densenet_cifar", "convnet_cifar"
 LEARNING = 0.8          # an ensemble learns if its test error is at most this share of the error of guessing
-TOLD = {"data", "classes", "precision", "loss", "test"}     # settings that provenance tells by their values
+TOLD = {"data", "classes", "precision", "loss"}         # settings that provenance tells by their values
 OF_A_METHOD = {"lr", "bagging", "stacking", "folds", "penalties"}       # settings in which the trials of a method agree
 # Settings in which the runs of an experiment agree (but `independent`, with a weight decay of its own). In the others,
 # those of a configuration do.

@@ -86,8 +86,7 @@ def test_commands_parse_and_plan(smoke_study, script, monkeypatch, line):
     elif name == "make_figures.py" and not set(arguments) & {*make_figures.FIGURES, *make_figures.TABLES}:
         arguments.append("table4")              # (the smoke study drew all of them)
     if name in ("robustness.py", "make_figures.py") and "--compare" not in arguments:
-        own = ("--results", "--figures-dir", "expected", "expected/paper/results")
-        arguments = [word for word in arguments if word not in own]
+        arguments = [word for word in arguments if not word.startswith(("--results", "--figures-dir", "expected"))]
         arguments += ["--results", str(smoke_study / "results")] + ["--dry-run"] * (name == "robustness.py")
     status, out, err = script(SCRIPTS[name], *arguments)
     assert status == 0 and "NOT DRAWN" not in out, (out, err)
@@ -115,11 +114,74 @@ def test_expected_is_what_its_run_records_give(preset):
                 assert same(mine.get(key), theirs[key]), (name, key, mine, theirs)
 
 
+def test_the_members_of_dn_high_are_trained_out_and_of_others_it_is_told():
+    quick, night = (FinishedRuns(ROOT / f"expected/{name}/results", name, "example") for name in ("quick", "overnight"))
+    assert claims.not_trained_out(quick, "DN-High") == claims.not_trained_out(night, "DN-High") == ""
+    assert {claims.not_trained_out(quick, name) for name in ("DN-Low", "DN-Mid")} == {"members not trained out"}
+
+
 def same(one, other):
     """Is a value that of a cell of a CSV file, as a number up to rounding?"""
     if isinstance(one, float):
         return math.isclose(one, float(other), rel_tol=1e-6, abs_tol=1e-9) or (math.isnan(one) and other == "nan")
     return other == ("" if one is None else str(finished.plain(one)))
+
+
+# --- Numbers -------------------------------------------------------------------------------------
+
+
+def error(preset, key):
+    """The test error of CONFIGURATION METHOD in expected/, as the pages have it: "10.3 ± 0.1 % (n = 5)"."""
+    name = "table2" if key.startswith("DN") else "fig2"
+    (row,) = [row for row in finished.read_csv(ROOT / "expected" / preset / f"{name}.csv")
+              if f"{row['configuration']} {row['method']}" == key]
+    mean, spread = (float(row[column]) for column in ("test_error_percent", "standard_error"))
+    return f"{mean:.1f} ± {spread:.1g} % (n = {row['n']})"
+
+
+ROWS = {        # of README: the claim's cell, the statistics whose means it has
+    "C1": ("by {:.2f} points", "256x4H λ = 0 minus 1x1024H"),
+    "C2": ("yes; λ = 1 is {:.2f} points farther", "distance to 1x1024H: 256x4H λ = 1 minus λ = 0.95"),
+    "C3": ("by {:.2f} and {:.2f} points", "256x4H bagging minus 1x1024H", "256x4H stacking minus 1x1024H"),
+    "C4": ("between λ = 0 and 1: {:.2f} points more for 256x4H than for 64x16H, {:.2f} more than for 16x64H",
+           *(f"difference between λ = 0 and 1: {pair}" for pair in ("256x4H minus 64x16H", "64x16H minus 16x64H"))),
+    "C12": ("half dropped: {:.2f} and {:.2f} points; 60 % dropped, λ = 0.99: {:.2f} points, where our margin is 1",
+            *(f"256x4H λ = {words}" for words in (
+                "0.99: rise with half dropped", "1: rise with half dropped", "0.99: rise with 60 % dropped"))),
+    "C14": ("{:.0f} times and by {:.2f} of itself, from λ = 0.9 to 1 (64x16H)",
+            *(f"64x16H, {words}" for words in (
+                "mean member loss: λ = 1 over λ = 0.9", "ensemble loss: change from λ = 0.9 to 1, over that at 0.9")))}
+
+
+def sentences():
+    """(page, sentence) with numbers of the records in expected/."""
+    runs = len([*ROOT.glob("expected/paper/results/paper/mlp_fmnist/*/*/*/run.json")])
+    yield from ((page, f"{runs} of the 120 MLP runs") for page in ("README.md", "ARTIFACT.md", "docs/summary.md"))
+    alone, joint, single = (error("paper", key) for key in ("256x4H joint-0", "256x4H joint-0.95", "1x1024H joint-1"))
+    yield "README.md", (f"256 networks of four nodes err on {alone} of the test images when each learns alone, and on "
+                        f"{joint} when they learn together, at λ = 0.95. One network of that size errs on {single}.")
+    yield "docs/summary.md", f"256x4H errs on {alone} of the test images at λ = 0 and on {joint} at λ = 0.95."
+    at_0, at_1 = (error("overnight", f"DN-High joint-{lam}") for lam in (0, 1))
+    for page in "README.md", "ARTIFACT.md", "docs/summary.md":
+        yield page, f"{at_0} when each learns alone, and on {at_1} when they learn as one"
+    judged = {(row["claim"], row["statistic"]): row for row in finished.read_csv(ROOT / "expected/paper/claims.csv")}
+    for claim, (text, *statistics) in ROWS.items():
+        rows = [judged[claim, finished.plain(words)] for words in statistics]
+        means, n = [float(row["mean"].split()[0]) for row in rows], min(int(row["n"]) for row in rows)
+        yield "README.md", f"| yes | {text.format(*means)} | {n}"
+
+
+def test_the_numbers_of_the_pages_are_those_of_the_records():
+    for page, sentence in sentences():
+        assert " ".join(sentence.split()) in " ".join(PAGES[page].split()), (page, sentence)
+
+
+def test_the_minutes_of_readme_are_those_of_the_records():
+    runs = FinishedRuns(ROOT / "expected/quick/results", "quick", "example")
+    for figure, minutes in re.findall(r"make_figures\.py (\w+) --preset quick` \| ([\d.]+) \|", README):
+        records = [folders.read_run(runs.results / "quick" / Path(*key, f"trial{trial}"))
+                   for *key, trial in runs.planned(figure)]             # of Figs. 7 and 8 the drops, too
+        assert minutes == f"{sum(record['seconds'] for record in records) / 60:.1f}", figure
 
 
 # --- A study of one's own: docs/own-study.md -----------------------------------------------------
