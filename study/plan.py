@@ -21,11 +21,11 @@ import yaml
 
 METHODS = ("joint", "independent", "bagging", "stacking")
 POLICIES = ("real", "auto", "synthetic")
-SHARED = ("dataset", "batch", "train", "test", "validation", "augment", "momentum", "nesterov", "weight_decay",
-          "decay")                                                      # settings of every run of an experiment
-OTHERS = ("evaluate", "tune", "bagging", "penalties", "stacking", "folds")      # the rest of an experiment's block
-CONFIGURATION = ("classes", "trials", "epochs", "members", "lr", "methods", "lambdas", "weights",
-                 "first")                                               # and of its network
+# The settings of every run of an experiment, the rest of its block, and those of each configuration.
+SHARED = ("dataset", "batch", "train", "test", "validation", "augment", "momentum", "nesterov", "weight_decay", "decay")
+OTHERS = ("evaluate", "tune", "bagging", "penalties", "stacking", "folds")
+CONFIGURATION = ("classes", "trials", "epochs", "members", "lr", "methods", "lambdas", "weights", "first")
+
 
 def at_least(n, *others):
     """An entry of VALUES: a whole number of at least n, or one of the others."""

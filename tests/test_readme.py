@@ -167,7 +167,8 @@ def sentences():
     judged = {(row["claim"], row["statistic"]): row for row in finished.read_csv(ROOT / "expected/paper/claims.csv")}
     for claim, (text, *statistics) in ROWS.items():
         rows = [judged[claim, finished.plain(words)] for words in statistics]
-        means, n = [float(row["mean"].split()[0]) for row in rows], min(int(row["n"]) for row in rows)
+        means = [float(row["mean"].split()[0]) for row in rows]
+        n = min(int(row["n"]) for (name, _), row in judged.items() if name == claim)
         yield "README.md", f"| yes | {text.format(*means)} | {n}"
 
 

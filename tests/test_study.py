@@ -129,6 +129,7 @@ def test_shards_are_the_study_and_share_nothing(parts):
 def test_a_learning_rate_holds_up_to_its_lambda():
     runs = runs_of("paper", "mlp_fmnist", only=["256x4H"], lambdas=[0, 0.95, 0.97])
     assert {run.lam: run.settings["lr"] for run in runs} == {0: 5.15, 0.95: 5.15, 0.97: 1.536}
+    assert folders.method_name("joint", -0.0) == "joint-0"
 
 
 def test_tuning_prints_rates_as_presets_take_them(script):
