@@ -39,12 +39,12 @@ def interval(values):
 
 @dataclass
 class Part:
-    """What a claim is made of: a value for each trial. `tested` sets the last line's."""
+    """What a claim is made of: a value for each trial. `tested` sets what the last line has."""
     what: str
     values: dict                                                # trial -> number, or truth
     lacking: str = field(default="", kw_only=True)              # why runs that are there may have no value
     whole_grid: bool = field(default=False, kw_only=True)       # does it need all lambdas?
-    scope, reason, needed = NO_EVIDENCE, "no run", TRIALS
+    scope, reason, needed, configurations = NO_EVIDENCE, "no run", TRIALS, {}
 
     @property
     def n(self):

@@ -67,11 +67,11 @@ def summary_line(run, result):
 FIXES = {       # words of an error of PyTorch -> what a user can do about it
     "use_deterministic_algorithms": "leave --deterministic out",
     "more than 1 value per channel": "the last batch has one image, too few for batch norm: use --set batch=N",
-    "loading state_dict": "the checkpoint is of another network: remove it, or use another --results folder",
+    "loading state_dict": "the saved weights are of another network: remove the run's folder, or use other --results",
     "Nesterov momentum": "set momentum above 0, or nesterov=false",
     "zip() argument": "`filters` and `strides` of a ConvNet have an entry per layer each",
     **dict.fromkeys(("Kernel size can't be greater", "Output size is too small"),
-                    "the images are too small for the network: lower its strides, or set padding=1"),
+                    "the images are too small for the network (a ConvNet: lower its strides, or set padding=1)"),
     "captured": "add --eager, which launches each step and is slower"}      # fast.CannotCapture
 
 
@@ -81,7 +81,7 @@ def errors_in_one_line(what="the images"):
     try:
         yield
     except (RuntimeError, MemoryError, ValueError) as error:
-        said = str(error).split("\n")[0]
+        said = str(error).split("\n")[0].rstrip(":")
         fix = next((fix for words, fix in FIXES.items() if words in said), None)
         if isinstance(error, MemoryError) or fast.out_of_memory(error):
             fix = "lower members or batch, with --set and another --results folder, or free memory"
@@ -101,7 +101,7 @@ def print_tuned(runs, results):
         tried = [rate for *key, rate in errors if key == [configuration, lam]]
         best = min(tried, key=lambda rate: np.mean(errors[configuration, lam, rate]))
         if len(tried) == 1 or math.isinf(np.mean(errors[configuration, lam, best])):
-            said = f"no rate to recommend: {'one was tried' if len(tried) == 1 else 'all diverged'}"
+            said = f"no rate to recommend: {'one was tried' if len(tried) == 1 else 'each diverged in a trial'}"
         else:
             rates[configuration][lam] = best
             said = f"{best:g} is at an end of the grid" if best in (min(tried), max(tried)) else ""
@@ -335,7 +335,7 @@ def parser(description):
     p.add_argument("--only", **several, metavar="NAME", help="only these configurations")
     p.add_argument("--lambdas", **several, metavar="L", type=float, help="only joint training, at these lambdas; a "
                    "single network is the same at each and is trained once, as lambda 1")
-    p.add_argument("--trials", type=int, metavar="N", help="only the first N trials (default: the preset's)")
+    p.add_argument("--trials", type=int, metavar="N", help="N trials of each configuration (default: the preset's)")
     p.add_argument("--data-dir", metavar="DIR", help="a folder with the real data (default: data/, then the system's "
                    "package, then a download into data/)")
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -452,8 +452,10 @@ def command_line(main):
     signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(errors="replace")            # a λ in a locale that has none
     try:
-        main()
-        print(end="", flush=True)
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
     except Refused as error:
         status, text = 2, f"error: {error}"
     except BrokenPipeError:                             # the reader of the output, such as head, has enough

@@ -314,6 +314,7 @@ class FinishedRuns:
             used = {path: r for path, r in self.used.items() if trained_in(r["experiment"]) == experiment}
             paper, s = self.paper[experiment], trained(next(iter(used.values())))
             data = s["data"]["name"] if s["data"]["source"] == "real" else "SYNTHETIC STAND-IN DATA"
+            epochs = {record["configuration"]: trained(record)["epochs"] for record in used.values()}
             trials = trials_of(collections.Counter(path.parent for path in used).values())
             most = max(c["trials"] for c in paper["configurations"].values())
             wanted = f" (paper: {most})" if trials != str(most) else ""
@@ -322,7 +323,8 @@ class FinishedRuns:
             parts = [f"{experiment}: {data}", f"{s['classes']} classes" if s.get("classes") else "",    # (or all)
                      f"preset {self.name}, n = {trials}{wanted}", s.get("precision"),
                      f"loss {s['loss']}" if "loss" in s else "",
-                     "the other training images are test images, too" if s.get("test") == "unused" else "",
+                     "other training images are test images, too" if s.get("test") == "unused" and s["train"] else "",
+                     ", ".join(f"{c} {n} epochs" for c, n in epochs.items()) if len({*epochs.values()}) > 1 else "",
                      f"{left_out} diverged, left out of the means" if left_out else "",
                      f"other than the paper's: {', '.join(names)}" if names else ""]
             lines.append(" · ".join(filter(None, parts)))

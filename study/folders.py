@@ -81,8 +81,7 @@ def download(name):
 
 def cut_data(data, name, policy, settings):
     """What find_data found, or the stand-in, cut to the classes and sizes in the settings of runs."""
-    dataset, s = common.DATASETS[name], settings
-    size = None if s["test"] == "unused" else s["test"]
+    dataset, s, size = common.DATASETS[name], settings, None if settings["test"] == "unused" else settings["test"]
     classes = s.get("classes") or dataset.classes           # (runs of earlier versions have all)
     if data is None:
         train = s["train"] + s["validation"] if s["train"] else dataset.train * classes // dataset.classes

@@ -54,8 +54,8 @@ def beside_every_verdict(judged):
     """What holds for every verdict, in sentences."""
     n = sum(part.scope != claims.NO_EVIDENCE and part.outcome != claims.OPEN
             for claim in judged if claim.name in claims.EMPIRICAL for part in claim.parts)
-    yield ("An interval is over trials (split, initial weights, order). All trials share one test set, whose own "
-           "sampling error is about 0.3 points at 10 % error of 10,000 images and is not in it.")
+    yield ("An interval is over trials (split where there is one, initial weights, order). All share one test set, "
+           "whose own sampling error is about 0.3 points at 10 % error of 10,000 images and is not in it.")
     yield f"{n} statistics were decided at 95 % each: about {n / 20:.1f}, one in twenty, stand wrong by chance."
     yield ("The learning rate of the MLPs falls to 0.3 of itself between λ = 0.95 and 0.99 (the authors'), so what "
            "differs there is λ and rate together (C2, C5, C12 to C14, C21).")

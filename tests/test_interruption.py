@@ -97,7 +97,7 @@ def test_a_checkpoint_of_other_settings_or_of_another_network_is_refused(tmp_pat
     state = torch.load(path)
     state["parts"]["ensemble"].pop("output_bias")
     torch.save(state, path)
-    with pytest.raises(common.Refused, match=r"^[^\n]*checkpoint[^\n]* is of another network[^\n]*$"):
+    with pytest.raises(common.Refused, match=r"^[^\n]*saved weights are of another network[^\n]*$"):
         train(run, tmp_path)
 
 

@@ -144,7 +144,7 @@ def test_tuning_prints_rates_as_presets_take_them(script):
     assert set(rates) == {0, 1} and all(errors[rates[lam]] == min(errors.values()) for lam, errors in tried.items())
     assert sorted(tried[0]) == pytest.approx([16 * rate for rate in (0.002, 0.006, 0.02, 0.06)])     # times M
     only = ("--preset", "smoke", "--only", "16x64H", "--trials", 1, "--epochs", 1, "--lambdas", 0, "--tune")
-    for folder, grid, why in ("high", "[1e9, 1e10]", "all diverged"), ("one", "[0.02]", "one was tried"):
+    for folder, grid, why in ("high", "[1e9, 1e10]", "each diverged"), ("one", "[0.02]", "one was tried"):
         status, out, _ = script(train_mlp_fmnist, *only, "--results", folder, "--set", f"tune={grid}")
         assert status == 0 and f"no rate to recommend: {why}" in out and "lr: {" not in out
 
