@@ -22,6 +22,8 @@ from study.finished import CONVNET, DENSENET, MLP, FinishedRuns, joint, mean_and
 
 import matplotlib
 import numpy as np
+import torch
+from torchvision.utils import make_grid
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -53,9 +55,19 @@ def lambda_axis(ax, lambdas, label="λ  (0: independent, 1: end-to-end; not to s
     """Spreads 0.9 ... 1 apart: lambda is drawn at -log10(1.01 - lambda)."""
     ax.set_xscale("function", functions=(lambda x: -np.log10(np.clip(1.01 - x, 1e-3, None)),
                                          lambda y: 1.01 - 10.0 ** -y))
-    ax.set_xticks(lambdas, [f"{lam:g}" for lam in lambdas])
-    ax.set_xticks([], minor=True)
     ax.set(xlim=(-0.12, 1.0012), xlabel=label)
+    lambda_ticks(ax, lambdas)
+
+
+def lambda_ticks(ax, lambdas):
+    """A tick for each lambda, from the last on, and its value where that of the one before is not in the way."""
+    places = ax.transLimits.transform(ax.transScale.transform([(lam, 1) for lam in lambdas]))[:, 0]
+    labels, right = {}, math.inf
+    for lam, place in zip(lambdas[::-1], places[::-1], strict=True):
+        if right - place > 0.07:                # of the axis
+            labels[lam], right = f"{lam:g}", place
+    ax.set_xticks(lambdas, [labels.get(lam, "") for lam in lambdas])
+    ax.set_xticks([], minor=True)
 
 
 def lambda_of(row):
@@ -226,7 +238,7 @@ def fig4(runs):
         rows += points
     ax.plot([], [], **ring, markeredgecolor=GREY, label="minimum")
     lambdas = sorted({lambda_of(row) for row in rows})
-    ax.set_xticks(lambdas, [f"{lam:g}" for lam in lambdas])
+    lambda_ticks(ax, lambdas)
     ax.set(xlabel="λ  (0: independent, 1: end-to-end)", ylabel="test error (%)",
            title=f"ConvNet ensembles, {n_of(rows)}")
     fig.legend(loc="outside upper center", ncols=3)
@@ -237,14 +249,9 @@ def filter_montage(filters, scale):
     """Filters (M, F, C, 3, 3) as one image, columns for each member, not taller than wide: grey is 0, scale is full."""
     members, count, channels = filters.shape[:3]
     columns = next(k for k in range(1, count + 1) if 4 * math.ceil(count / k) <= members * (4 * k + 1))
-    width = 4 * columns + 1
-    tiles = np.ones((4 * math.ceil(count / columns) + 1, members * width + 1, 3))
-    for m in range(members):
-        for f in range(count):
-            patch = (0.5 + filters[m, f] / (2 * scale)).transpose(1, 2, 0)
-            y, x = 4 * (f // columns) + 1, width * m + 1 + 4 * (f % columns)
-            tiles[y:y + 3, x:x + 3] = patch if channels == 3 else patch.mean(2, keepdims=True)
-    return tiles.clip(0, 1)
+    pixels = 0.5 + (filters if channels == 3 else filters.mean(2, keepdim=True)) / (2 * scale)
+    grids = [make_grid(member, columns, padding=1, pad_value=1) for member in pixels]
+    return torch.cat(grids, 2).clamp(0, 1).movedim(0, 2).numpy()
 
 
 def fig5(runs):
@@ -259,11 +266,11 @@ def fig5(runs):
             rows += [{"configuration": record["configuration"], "method": method, "trial": record["trial"],
                       "member": m + 1, "filter_norm": norms[m].item(),
                       "distance_from_initial_filters": moved[m].item()} for m in range(len(moved))]
-            shown.setdefault(method, (record, filters.numpy(), moved.numpy()))          # (the first trial)
+            shown.setdefault(method, (record, filters, moved.numpy()))          # (the first trial)
     if not shown:
         return plt.figure(), rows
     # Full black and white belong to the largest in 200: one filter of a strong member would leave all others grey.
-    scale = np.quantile(np.abs([filters for _, filters, _ in shown.values()]), 0.995)
+    scale = np.quantile(torch.stack([filters for _, filters, _ in shown.values()]).abs(), 0.995)
     montages = [filter_montage(filters, scale) for _, filters, _ in shown.values()]
     aspect = max(len(montage) / montage.shape[1] for montage in montages)
     fig, axes = plt.subplots(2, len(shown), figsize=(4.8, 2.5 + 2 * aspect), sharex="col", sharey="row",
@@ -533,7 +540,8 @@ def make(runs, name, folder):
             finished.write_csv(path.with_name(f"{path.name}{more}.csv"), some, provenance)
         print(f"{stem(name)}: {state}, {path}.*", flush=True)
     else:
-        why = "" if missing else ", all its runs diverged" if runs.used else ", the preset has no run of it"
+        gone = runs.used and all(map(finished.diverged, runs.used.values()))
+        why = "" if missing else ", all its runs diverged" if gone else ", the preset has no run of it"
         print(f"{stem(name)}: {state}{why}", flush=True)
     plt.close("all")
     if missing:
@@ -563,35 +571,32 @@ def judge(runs, made, folder):
 
 # --- Comparing -----------------------------------------------------------------------------------
 
-# How far cells of two runs of one preset may lie apart, absolute and relative; other columns name a row or follow.
+# How far cells of two runs of one preset may lie apart, as math.isclose takes it; other columns name a row or follow.
 TOLERANCES = {
-    **dict.fromkeys(("n", "diverged", "depth", "k", "M", "parameters"), (0, 0)),
-    **dict.fromkeys(("test_error_percent", "validation_error_percent"), (3, 0)), "error_percent": (10, 0),
-    **dict.fromkeys(("cross_entropy", "filter_norm", "distance_from_initial_filters"), (0, 0.15))}
+    **{key: {"rel_tol": 0} for key in ("n", "diverged", "depth", "k", "M", "parameters")},
+    **{key: {"abs_tol": 3} for key in ("test_error_percent", "validation_error_percent")},
+    "error_percent": {"abs_tol": 10},
+    **{key: {"rel_tol": 0.15} for key in ("cross_entropy", "filter_norm", "distance_from_initial_filters")}}
 KEYS = ("configuration", "method", "trial", "part", "epoch", "who", "member", "dropped", "loss", "claim")
-
-
-def are_near(one, other, column):
-    """Are two cells of a CSV near each other, as numbers?"""
-    absolute, relative = TOLERANCES[column]
-    return math.isclose(float(one or "nan"), float(other or "nan"), rel_tol=relative, abs_tol=absolute)
 
 
 def compare(ours, theirs, names):
     """Prints which numbers and verdicts of two folders are apart; returns an exit status, 0 if none is."""
-    paths = [path for name in names for path in sorted(theirs.glob(f"{name}*.csv"))]
-    if not paths:
-        raise common.Refused(f"--compare {theirs} has no CSV file of these figures: try expected/quick")
     total = far = 0
-    for path in paths:
+    for path in (path for name in names for path in sorted(theirs.glob(f"{name}*.csv"))):
+        if not (ours / path.name).exists():
+            raise common.Refused(f"{ours / path.name} does not exist: draw it first, with the same --preset")
         mine, expected = ({tuple(row.get(key, "") for key in KEYS): row for row in finished.read_csv(place / path.name)}
                           for place in (ours, theirs))
         for key, row in expected.items():
             for column in ["outcome"] if "outcome" in row else sorted(row.keys() & TOLERANCES.keys()):
                 cell, total = mine.get(key, {}).get(column, ""), total + 1
-                if cell != row[column] and (column == "outcome" or not are_near(cell, row[column], column)):
+                if cell != row[column] and (column == "outcome" or not math.isclose(
+                        float(cell or "nan"), float(row[column] or "nan"), **TOLERANCES[column])):
                     far += 1
                     print(f"{path.name}: {' '.join(filter(None, key))}: {column} {cell}, expected {row[column]}")
+    if not total:
+        raise common.Refused(f"--compare {theirs} has no numbers of these figures: try expected/quick")
     print(f"{total - far} of {total} numbers and verdicts are within their tolerances of {theirs}")
     return 1 if far else 0
 

@@ -91,7 +91,9 @@ def report(check, kind, *arguments):
     """Prints what a check finds; in a process of its own, with exit status 1 unless all of it holds."""
     good = True
     try:
-        for what, holds, figures in check(study.choose_device(kind), *arguments):
+        device = study.choose_device(kind)
+        torch.backends.cudnn.allow_tf32 = False         # what is said of fp32 is of fp32
+        for what, holds, figures in check(device, *arguments):
             good &= holds
             print(f"{'ok    ' if holds else 'FAILED'} {what}: {figures}", flush=True)
     except Exception as error:          # also of a CUDA context that is lost

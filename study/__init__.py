@@ -41,7 +41,6 @@ def choose_device(name, jobs=None):
                       f"torch {torch.__version__}")
     torch.set_num_threads(1)            # a run has one: no number depends on how many cores there are
     torch.set_flush_denormal(True)      # the momenta of dead nodes decay into slow denormal numbers
-    torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32, in convolutions as well
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if (jobs or 1) > 1:
@@ -77,8 +76,11 @@ def commit():
 
 def machine(device):
     """What a number depends on beside its settings, for run.json."""
-    cpu = cpu_field("model name") or platform.processor() or platform.machine()
-    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-            "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "numpy": np.__version__, "system": platform.system(),
-            "commit": commit(), "deterministic": torch.are_deterministic_algorithms_enabled()}
+    name, tf32 = cpu_field("model name") or platform.processor() or platform.machine(), False
+    if device.type == "cuda":
+        name, card = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        tf32 = torch.backends.cudnn.allow_tf32 and card >= (8, 0)           # fp32 convolutions, as PyTorch has them
+    return {"device": name, "tf32": tf32, "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__,
+            "system": platform.system(), "commit": commit(),
+            "deterministic": torch.are_deterministic_algorithms_enabled()}

@@ -25,9 +25,8 @@ MLP, DENSENET, CONVNET = "mlp_fmnist", "densenet_cifar", "convnet_cifar"
 LEARNING = 0.8          # an ensemble learns if its test error is at most this share of the error of guessing
 TOLD = {"data", "classes", "precision", "loss"}         # settings that provenance tells by their values
 OF_A_METHOD = {"lr", "bagging", "stacking", "folds", "penalties"}       # settings in which the trials of a method agree
-# Settings in which the runs of an experiment agree (but `independent`, with a weight decay of its own). In the others,
-# those of a configuration do.
-OF_AN_EXPERIMENT = {"data", "seed", "classes", "precision", "loss", "padding", "batchnorm", *plan.SHARED}
+# In which the runs of an experiment agree (but `independent`, in its weight decay); in others those of a configuration.
+OF_AN_EXPERIMENT = {"data", "seed", "classes", "precision", "loss", "padding", "batchnorm", "evaluate", *plan.SHARED}
 
 
 def joint(lam):
@@ -270,7 +269,7 @@ class FinishedRuns:
                 yield {"run": str(path.relative_to(self.results)), **record["result"], "lr": s["lr"],
                        "epochs": s["epochs"], "data": s["data"]["name"], "parameters": record.get("parameters"),
                        "seconds": record["seconds"], "finished": record["finished"], **record["machine"],
-                       "commit": f"g{record['machine']['commit']}"}     # text, as git describe has it: 5e12345 is none
+                       "commit": commit if " " in (commit := record["machine"]["commit"]) else f"g{commit}"}  # text
 
     def refuse_mixture(self, path, record):
         """Raises Refused unless a run was made as those in use: in its method, its configuration or its experiment."""
@@ -315,13 +314,15 @@ class FinishedRuns:
             paper, s = self.paper[experiment], trained(next(iter(used.values())))
             data = s["data"]["name"] if s["data"]["source"] == "real" else "SYNTHETIC STAND-IN DATA"
             epochs = {record["configuration"]: trained(record)["epochs"] for record in used.values()}
+            tf32 = s.get("precision") == "fp32" and any(record["machine"].get("tf32") for record in used.values())
             trials = trials_of(collections.Counter(path.parent for path in used).values())
             most = max(c["trials"] for c in paper["configurations"].values())
             wanted = f" (paper: {most})" if trials != str(most) else ""
             left_out, names = sum(map(diverged, used.values())), dict.fromkeys(
                 key for record in used.values() for key in self.not_the_papers(record) if key not in TOLD)
             parts = [f"{experiment}: {data}", f"{s['classes']} classes" if s.get("classes") else "",    # (or all)
-                     f"preset {self.name}, n = {trials}{wanted}", s.get("precision"),
+                     f"preset {self.name}, n = {trials}{wanted}", s.get("precision", ""),
+                     "convolutions in TF32" if tf32 else "",
                      f"loss {s['loss']}" if "loss" in s else "",
                      "other training images are test images, too" if s.get("test") == "unused" and s["train"] else "",
                      ", ".join(f"{c} {n} epochs" for c, n in epochs.items()) if len({*epochs.values()}) > 1 else "",

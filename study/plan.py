@@ -43,7 +43,7 @@ VALUES = {      # (types, test, words) of a value, or of each entry of a list; o
     **dict.fromkeys(("lambdas", "weights"), LAMBDA),
     **dict.fromkeys(("lr", "penalties", "tune"), (NUMBER, lambda x: x > 0, "a number above 0")),
     **dict.fromkeys(("momentum", "weight_decay"), (NUMBER, lambda x: x >= 0, "a number of at least 0")),
-    "first": (WORD, lambda x: x.split("-")[0] in METHODS, "a method such as joint-0.5"),
+    "first": (WORD, lambda x: x.split("-")[0] in METHODS[:3], "a method such as joint-0.5, and not stacking"),
     "decay": (NUMBER, lambda x: 0 < x < 1, "a share of the epochs, above 0 and below 1"),
     **{key: (WORD, words.__contains__, f"one of {', '.join(words)}") for key, words in (
         ("data", POLICIES), ("methods", METHODS), ("bagging", ("weights", "resample")),

@@ -19,14 +19,6 @@ td.no { background: #f8e2dc; }
 td.open { background: #fdf3d8; }
 img { max-width: 100%; }
 pre { background: #f6f6f6; padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 9pt; }
-  img { max-height: 11cm; }
-  .table { overflow: visible; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-  h2 { break-after: avoid; }
-  img, tr { break-inside: avoid; }
-}
 """
 COLOURS = {**dict.fromkeys(("reproduced", "trend seen", "met", "within 0.5 points"), "yes"),
            **dict.fromkeys(("not reproduced", "trend not seen", "refused", "apart"), "no"),

@@ -149,8 +149,13 @@ def test_comparing_numbers_and_verdicts(smoke_study, script):
     status, out, _ = script(make_figures, *flags, "expected")
     assert status == 1 and out.count("\n") == 3 and "fig2.csv: 256x4H joint-0: test_error_percent" in out
     assert "claims.csv: C1: outcome not tested: stand-in data, expected reproduced" in out
-    status, _, err = script(make_figures, *flags, "nothing")
-    assert status == 2 and err.count("\n") == 1 and "try expected/quick" in err
+    Path("empty").mkdir()
+    Path("empty/fig2.csv").write_text("configuration,method,n,provenance\n")
+    for folder in "nothing", "empty":
+        status, _, err = script(make_figures, *flags, folder)
+        assert status == 2 and err.count("\n") == 1 and "no numbers of these figures: try expected/quick" in err
+    status, _, err = script(make_figures, "3", "--preset", "smoke", "--compare", "expected")
+    assert status == 2 and err.count("\n") == 1 and "fig3.csv does not exist: draw it first" in err
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(script):
@@ -206,12 +211,25 @@ def test_a_damaged_run_is_missing_in_its_figures_and_in_no_other(smoke_study, sc
     assert "256x4H joint-0, trial 1\n" in out and table(tmp_path, "fig2")[2]["n"] == "1"
 
 
-def test_a_figure_of_which_the_preset_has_no_run_is_not_drawn(script, monkeypatch):
+@pytest.mark.parametrize("lambdas, result, why", [([0.5], {"test_ensemble_error": 0.5}, "the preset has no run of it"),
+                                                  ([0], {"diverged_at_epoch": 1}, "all its runs diverged")])
+def test_a_figure_without_a_point_is_not_drawn(smoke_study, script, monkeypatch, lambdas, result, why):
+    part = Path("results/smoke/mlp_fmnist/256x4H/joint-0")
+    shutil.copytree(smoke_study / part, part)
+    for path in part.glob("*/run.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"result": result}))
     preset = plan.load_preset("smoke")
-    preset["mlp_fmnist"]["lambdas"] = [0.5]
+    preset["mlp_fmnist"]["lambdas"] = lambdas
     monkeypatch.setattr(plan, "load_preset", lambda name: preset)
     status, out, _ = script(make_figures, "7", "--preset", "smoke")
-    assert status == 1 and "fig7: NOT DRAWN, the preset has no run of it" in out
+    assert status == 1 and f"fig7: NOT DRAWN, {why}" in out, out
+
+
+def test_the_values_of_lambdas_near_each_other_do_not_overlap():
+    _, ax = make_figures.plt.subplots()
+    make_figures.lambda_axis(ax, [0, 0.5, 0.89, 0.9, 0.91, 1])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.5", "", "", "0.91", "1"]
+    make_figures.plt.close("all")
 
 
 @pytest.mark.parametrize("epochs, marks", [(200, 1), (50, 0)])

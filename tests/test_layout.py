@@ -1,4 +1,4 @@
-"""The modules import each other in one direction only, and the science meets none of the machinery."""
+"""The modules import each other in one direction only."""
 
 import ast
 from pathlib import Path
@@ -25,7 +25,4 @@ def test_a_module_imports_only_those_below_it():
     for floor, name in enumerate(FLOORS):
         assert imported(name) & (scripts | set(FLOORS)) <= set(FLOORS[:floor]), name
     assert "study.plan" in imported("study.command") and "fast" in imported("common")       # `imported` finds them
-
-
-def test_the_science_knows_no_command_line_and_no_file_format():
     assert not imported("common") & {"argparse", "yaml", "json", "multiprocessing", "fcntl", "zipfile"}

@@ -171,17 +171,12 @@ def test_a_run_in_the_folder_of_another_is_refused(smoke_study, script, copied_t
 
 
 def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
-    def git(folder, *arguments):
-        return subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
-                              check=True, capture_output=True, text=True).stdout.strip()
-    package = tmp_path / "package"
-    (package / "study").mkdir(parents=True)
-    monkeypatch.setattr(study, "__file__", str(package / "study/__init__.py"))
-    for repository in (tmp_path, package):
-        git(repository, "init", "-q")
-        git(repository, "commit", "-q", "--allow-empty", "-m", "one")
-        own = git(package, "describe", "--always") if repository == package else "no commit: not a checkout"
-        assert study.commit.__wrapped__() == own
+    (tmp_path / "package/study").mkdir(parents=True)
+    for words in ("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "one"):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+    for folder, found in (tmp_path, r"[0-9a-f]{7,}"), (tmp_path / "package", "no commit: not a checkout"):
+        monkeypatch.setattr(study, "__file__", str(folder / "study/__init__.py"))
+        assert re.fullmatch(found, study.commit.__wrapped__())
 
 
 # --- How many at once, and for how long ----------------------------------------------------------
@@ -189,11 +184,8 @@ def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp
 
 @pytest.mark.parametrize("runs, jobs, cores, gigabytes, device, at_once", [
     (5, None, 3, 1000, "cpu", 3),       # as many as there are cores
-    (2, None, 3, 1000, "cpu", 2),       # and runs,
     (5, None, 3, 0.001, "cpu", 1),      # and as memory allows,
-    (0, None, 3, 1000, "cpu", 1),
-    (5, 4, 3, 0.001, "cpu", 4),         # unless --jobs says,
-    (2, 4, 3, 1000, "cpu", 2),          # as far as there are runs
+    (2, 4, 3, 0.001, "cpu", 2),         # unless --jobs says, as far as there are runs
     (5, None, 3, 1000, "cuda", 1)])
 def test_runs_at_once(monkeypatch, runs, jobs, cores, gigabytes, device, at_once):
     data = SimpleNamespace(device=SimpleNamespace(type=device))

@@ -11,7 +11,7 @@ from pathlib import Path
 import common
 from study import claims, folders, plan, report
 from study.claims import MET, NO_EVIDENCE, OPEN, PROTOCOL, REDUCED, REFUSED
-from study.finished import DENSENET, MLP, FinishedRuns, trained_in
+from study.finished import CONVNET, DENSENET, MLP, FinishedRuns, trained_in
 
 import numpy as np
 import pytest
@@ -262,6 +262,17 @@ def test_a_reduced_densenet_counts_if_it_is_trained_out(empty, name, network, fi
     if fit is None and name not in ("C9", "C10"):           # a difference to lambda 0 has no value
         reason = "some of its runs are missing"
     assert outcome == (f"not tested: {reason}" if reason else "trend seen")
+
+
+def test_convolutions_in_tf32_are_the_papers_fp32_and_are_named(empty):
+    runs = empty()
+    for kind in asked("C23"):
+        runs.made_up(kind, truth())
+    for record, _ in runs.there.values():
+        record["machine"] = {"device": "a card", "commit": "1", "tf32": True}
+    assert seen(claims.judge(runs, "C23")) == (PROTOCOL, "reproduced")
+    runs.point(CONVNET, "ConvNet-1.20M", "joint-0")
+    assert "fp32 · convolutions in TF32\n" in runs.provenance()
 
 
 def test_only_runs_as_the_paper_has_them_speak_of_the_paper(empty):
