@@ -90,7 +90,7 @@ class Dataset:
         parts = self.reader(folder)
         if parts is None:
             return None
-        for fault in faults(self.classes, *parts):
+        for fault in faults(self.shape, self.classes, *parts):
             raise Refused(f"{self.description['name']}: {fault}")
         mean, std = torch.tensor(self.statistics).view(2, -1, 1, 1) if self.statistics else pixel_statistics(parts[0])
         checksum = {}
@@ -100,14 +100,15 @@ class Dataset:
         return Data(self.description | checksum, self.classes, *parts, mean, std)
 
 
-def faults(classes, train_images, train_labels, test_images, test_labels):
-    """Why images and labels, as a reader of your own may return them, cannot be trained on."""
+def faults(shape, classes, train_images, train_labels, test_images, test_labels):
+    """Why images and labels, as a reader of your own may return them, are not those of its Dataset."""
     for part, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != train_images.shape[1:]:
-            yield f"{part} images are {images.dtype} {tuple(images.shape)}: expected torch.uint8 (n, C, H, W), one size"
+        if images.dtype != torch.uint8 or images.shape[1:] != shape:
+            yield (f"{part} images are {images.dtype} {tuple(images.shape)}: expected torch.uint8 (n, "
+                   f"{', '.join(map(str, shape))}), channels first, of pixels from 0 to 255")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or len(labels) == 0:
             yield f"{part} labels are {labels.dtype} {tuple(labels.shape)}: expected torch.int64, one for each image"
-        if labels.min() < 0 or labels.max() >= classes:
+        if labels.min() < 0 or labels.max() >= classes or (part == "training" and labels.max() < classes - 1):
             yield f"{part} labels run from {labels.min()} to {labels.max()}: expected 0 to {classes - 1}"
     if unseen := set(test_labels.tolist()) - set(train_labels.tolist()):
         yield f"no training image has the labels {sorted(unseen)} of test images: leave them out"

@@ -237,8 +237,7 @@ def fig4(runs):
                 row["minimum"] = row is best
         rows += points
     ax.plot([], [], **ring, markeredgecolor=GREY, label="minimum")
-    lambdas = sorted({lambda_of(row) for row in rows})
-    lambda_ticks(ax, lambdas)
+    lambda_ticks(ax, sorted({lambda_of(row) for row in rows}))
     ax.set(xlabel="λ  (0: independent, 1: end-to-end)", ylabel="test error (%)",
            title=f"ConvNet ensembles, {n_of(rows)}")
     fig.legend(loc="outside upper center", ncols=3)

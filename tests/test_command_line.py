@@ -43,11 +43,9 @@ def refused(outcome, *words):
     (MLP, "--preset quik", ["'quik'", "did you mean quick?"]),
     (MLP, "--figure 2 4", ["figure or table '4'", "2, 3, 6, 7, 8, 9"]),      # 4 is of the ConvNets
     (MLP, "--lambdas 0.5 0.9999999", ["0.9999999", "[0, 1]", "six digits"]),
-    (MLP, "--epochs 0", ["epochs", "0 is not a whole number of at least 1"]),
     (MLP, "--jobs 0", ["--jobs 0", "at least 1"]),
     (MLP, "--shard 4/4", ["'4/4'", "such as 0/4"]),
     (MLP, "--set batch=1000000", ["batch 1000000", "2500 images to train on"]),
-    (MLP, "--set bacth=7", ["'bacth'", "did you mean batch?"]),
     (MLP, "--set folds=600", ["500 images for 600 folds"]),
     (MLP, "--set momentum=0 --set nesterov=true", ["momentum above 0, or nesterov=false"]),     # both flags count
     (MLP, "--only 1x1024H --methods bagging", ["no run matches", "more than one member", "--dry-run"]),

@@ -92,7 +92,8 @@ def cifar(tmp_path, monkeypatch):
     for place in (folder, binary, archive.parent):
         place.mkdir(parents=True)
     for name, n in (("train", 40), ("test", 20)):
-        pixels, labels = np.random.default_rng(n).integers(256, size=(n, 3072), dtype=np.uint8), np.arange(n) * 7 % 100
+        pixels = np.random.default_rng(n).integers(256, size=(n, 3072), dtype=np.uint8)
+        labels = (99 - 7 * np.arange(n)) % 100
         content[name] = pixels, labels.tolist()
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels.tolist()}))
         records = np.hstack([labels[:, None] // 5, labels[:, None], pixels]).astype(np.uint8).tobytes()
@@ -158,11 +159,12 @@ def own(**changes):
 
 
 @pytest.mark.parametrize("part, change, said", [
-    ("x", lambda x: x / 255, r"torch\.float32 .*expected torch\.uint8"), ("x", lambda x: x[:, 0], r"\(8, 8, 8\)"),
-    ("test_x", lambda x: x[..., :7], r"\(4, 3, 8, 7\).*one size"), ("y", lambda y: y.int(), r"torch\.int32"),
+    ("x", lambda x: x / 255, r"torch\.float32 .*expected torch\.uint8.* 0 to 255"), ("y", lambda y: y.int(), "int32"),
+    ("x", lambda x: x[:, 0], r"\(8, 8, 8\)"), ("test_x", lambda x: x[..., :7], r"\(4, 3, 8, 7\).*\(n, 3, 8, 8\)"),
+    ("x", lambda x: x.movedim(1, 3), r"\(8, 8, 8, 3\).*channels first"), ("y", lambda y: y * 0, "from 0 to 0"),
     ("y", lambda y: F.one_hot(y), r"\(8, 2\)"), ("test_y", lambda y: y[:3], "one for each image"),
     ("test_y", lambda y: y - 1, "run from -1 to 0"), ("y", lambda y: y + 1, "from 1 to 2: expected 0 to 1"),
-    ("y", lambda y: y * 0, r"labels \[1\] of test images"),
+    ("y", lambda y: y * 0 + 1, r"labels \[0\] of test images"),
     ("x", lambda x: x * torch.tensor([1, 0, 1], dtype=torch.uint8).view(3, 1, 1), r"channels \[1\] have one value")])
 def test_what_cannot_be_trained_on_is_refused_in_one_line(tmp_path, part, change, said):
     good = dict(zip(("x", "y", "test_x", "test_y"), own().reader(tmp_path), strict=True))
